@@ -1,0 +1,171 @@
+"Bad input is refused before any training, in words, and leaves no record."
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cse import CSE, Config
+from cse.data import load_category, read_image, texture_images
+from cse.experiments import grid, load_records, run, run_table
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    "A refusal that comes after training has started is too late."
+    def fail(*args, **kw):
+        pytest.fail('training started')
+    monkeypatch.setattr('cse.detector.train', fail)
+
+
+def remove(root, *parts):
+    for part in parts:
+        shutil.rmtree(root / 'gravel' / part)
+
+
+def replace(root, part, data):
+    (root / 'gravel' / part).write_bytes(data)
+
+
+def alpha(root, part):
+    Image.new('RGBA', (256, 256), (9, 9, 9, 100)).save(root / 'gravel' / part)
+
+
+def floats(root, part):
+    Image.fromarray(np.random.default_rng(0).random((256, 256), np.float32)).save((root / 'gravel' / part).with_suffix('.tiff'))
+    (root / 'gravel' / part).unlink()
+
+
+TRAIN, TEST, MASK = 'train/good/00.png', 'test/bar/00.png', 'ground_truth/bar/00_mask.png'
+DAMAGE = {
+    'no category folder': (lambda r: shutil.rmtree(r / 'gravel'), ['photographs', 'no category']),
+    'no root': (lambda r: shutil.rmtree(r), ['photographs', 'no such folder']),
+    'no train folder': (lambda r: remove(r, 'train'), ['no category', 'train/good']),
+    'empty train folder': (lambda r: (remove(r, 'train/good'), (r / 'gravel/train/good').mkdir()), ['train/good', 'holds no images']),
+    'no test folder': (lambda r: remove(r, 'test'), ['gravel/test', 'no such folder']),
+    'no defects': (lambda r: remove(r, 'test/bar', 'ground_truth'), ['no defective images', 'beside test/good']),
+    'no good test images': (lambda r: remove(r, 'test/good'), ['test/good', 'no images']),
+    'image beside the folders': (lambda r: shutil.copy(r / 'gravel' / TRAIN, r / 'gravel/test/x.png'), ['x.png', 'test/good or test/<defect>']),
+    'missing mask': (lambda r: (r / 'gravel' / MASK).unlink(), ['no mask', '00.png', '00_mask.png']),
+    'damaged mask': (lambda r: replace(r, MASK, b'no mask'), ['00_mask.png', 'not a readable image']),
+    'truncated training image': (lambda r: replace(r, TRAIN, (r / 'gravel' / TRAIN).read_bytes()[:4000]), ['00.png', 'not a readable image']),
+    'text as training image': (lambda r: replace(r, TRAIN, b'hello'), ['00.png', 'not a readable image']),
+    'empty training image': (lambda r: replace(r, TRAIN, b''), ['00.png', 'not a readable image']),
+    'truncated test image': (lambda r: replace(r, TEST, (r / 'gravel' / TEST).read_bytes()[:4000]), ['bar/00.png', 'not a readable image']),
+    'transparent training image': (lambda r: alpha(r, TRAIN), ['00.png', 'transparent']),
+    'floating-point test image': (lambda r: (floats(r, TEST), shutil.rmtree(r / 'gravel/ground_truth')), ['00.tiff', 'floating-point']),
+    'one training image': (lambda r: [p.unlink() for p in sorted((r / 'gravel/train/good').iterdir())[1:]], ['1 defect-free image:', 'at least 4']),
+}
+
+
+@pytest.mark.parametrize('damage, words', DAMAGE.values(), ids=DAMAGE)
+def test_damaged_categories(own_surface, textures, tmp_path, tiny, damage, words):
+    damage(own_surface)
+    with pytest.raises(ValueError) as refusal:
+        run(tiny, own_surface, 'gravel', textures=textures, results=tmp_path / 'results')
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert load_records(tmp_path / 'results') == []
+    assert not list((tmp_path).rglob('*.tmp'))
+
+
+def test_image_smaller_than_the_crop(own_surface, textures, tmp_path, tiny):
+    with pytest.raises(ValueError, match=r'\.png: is 256×256 pixels; expected at least crop=512'):
+        run(tiny.replace(resize=0, crop=512), own_surface, 'gravel', textures=textures, results=tmp_path)
+
+
+def test_converted_images(tmp_path):
+    "Documented conversions: 16-bit grey, palette, opaque alpha, one bit, orientation."
+    values = np.arange(256 * 256, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / 'sixteen.png')
+    assert read_image(tmp_path / 'sixteen.png').max() == 1 and read_image(tmp_path / 'sixteen.png').unique().numel() == 65536
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    expected = torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1) / 255
+    rgb.convert('RGBA').save(tmp_path / 'opaque.png')
+    assert torch.equal(read_image(tmp_path / 'opaque.png'), expected)
+    palette = rgb.quantize(16)
+    palette.save(tmp_path / 'palette.png')
+    assert torch.equal(read_image(tmp_path / 'palette.png') * 255, torch.from_numpy(np.asarray(palette.convert('RGB')).copy()).permute(2, 0, 1).float())
+    Image.new('1', (40, 30), 1).save(tmp_path / 'bit.png')
+    assert read_image(tmp_path / 'bit.png').shape == (3, 30, 40) and read_image(tmp_path / 'bit.png').min() == 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (40, 30)).save(tmp_path / 'turned.jpg', exif=exif)
+    assert read_image(tmp_path / 'turned.jpg').shape == (3, 40, 30)
+
+
+def test_several_frames(tmp_path):
+    frames = [Image.new('L', (64, 64), v) for v in (1, 2)]
+    frames[0].save(tmp_path / 'two.tiff', save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match='two.tiff: holds 2 frames'):
+        read_image(tmp_path / 'two.tiff')
+
+
+GOOD = torch.rand(6, 3, 224, 224)
+TENSORS = {
+    'NaN': (torch.where(torch.arange(6).view(6, 1, 1, 1) == 4, torch.nan, GOOD), 'image 4: holds NaN'),
+    'infinite': (GOOD / 0, 'NaN or infinite'),
+    'range 0 to 255': (GOOD * 255, r'expected \[0, 1\]'),
+    'negative': (GOOD - 0.5, r'expected \[0, 1\]'),
+    'one image without batch': (GOOD[0], 'expected N×3×H×W'),
+    'four channels': (torch.rand(6, 4, 224, 224), '3×H×W'),
+    'whole numbers': ((GOOD * 9).long(), 'int64'),
+    'no images': (GOOD[:0], 'at least one'),
+    'too few': (GOOD[:3], 'at least 4'),
+    'a number': (3, 'int'),
+    'text in a list': (['a.png', 'b.png', 'c.png', 'd.png'], 'a.png: no such file'),
+    'missing folder': ('nowhere', 'nowhere: no such folder'),
+}
+
+
+@pytest.mark.parametrize('images, words', TENSORS.values(), ids=TENSORS)
+def test_fit_refuses(images, words, textures):
+    with pytest.raises(ValueError, match=words):
+        CSE(Config.smoke(), textures=textures).fit(images, progress=False)
+
+
+def test_textures(tmp_path):
+    with pytest.raises(ValueError, match='holds no images'):
+        texture_images(tmp_path)
+    (tmp_path / 'a.jpg').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='a.jpg: not a readable image'):
+        texture_images(tmp_path)
+    for wrong in (torch.zeros(0, 3, 224, 224), torch.zeros(5, 224, 224), tmp_path / 'absent'):
+        with pytest.raises(ValueError, match='textures|no such folder'):
+            CSE(Config.smoke(), textures=wrong).fit(GOOD, progress=False)
+
+
+SETTINGS = [(dict(epochs=0), 'epochs=0'), (dict(epochs='5'), "epochs='5'"), (dict(epochs=True), 'epochs=True'), (dict(lr=float('nan')), 'lr=nan'),
+            (dict(lr=-1), 'lr=-1'), (dict(lr=0), 'lr=0'), (dict(decoder='trained'), "'none', 'pretrained', 'joint', 'random'"), (dict(layers=()), 'layers'),
+            (dict(layers=(1.5,)), 'layers'), (dict(validation_share=1.5), 'validation_share=1.5'), (dict(crop=300), 'crop=300'),
+            (dict(clusters=0), 'clusters=0'), (dict(device=None), 'device=None'), (dict(epoch=3), "did you mean 'epochs'")]
+
+
+@pytest.mark.parametrize('values, words', SETTINGS, ids=[w for _, w in SETTINGS])
+def test_settings(values, words):
+    for make in (Config, Config.paper, Config.smoke, Config().replace):
+        with pytest.raises(ValueError) as refusal:
+            make(**values)
+        assert words in str(refusal.value)
+
+
+RUNS = [(dict(profile='quick'), "profile='quick'"), (dict(methods='patchwork'), "method='patchwork'"), (dict(categories='granite'), "'granite'"),
+        (dict(seeds=0), 'seeds=0'), (dict(seeds='many'), "seeds='many'"), (dict(settings={'epoch': 1}), 'epoch=1'), (dict(settings='{'), 'settings='),
+        (dict(categories='["gravel"'), 'categories='), (dict(device='tpu'), "device='tpu'"), (dict(device='cuda:99'), "device='cuda:99'"),
+        (dict(extractor='resnet1'), "extractor='resnet1'"), (dict(weights='absent.pth'), 'absent.pth'), (dict(extractor='resnet18'), 'packaged'),
+        (dict(settings={'layers': [9]}), 'layers=(9,)'), (dict(textures='nowhere'), 'nowhere'), (dict(settings={'crop': 100, 'resize': 100}), 'multiple of 8')]
+
+
+@pytest.mark.parametrize('values, words', RUNS, ids=[str(v) for v, _ in RUNS])
+def test_tables(surface, textures, tmp_path, values, words):
+    arguments = dict(data=str(surface), textures=str(textures), results=str(tmp_path)) | values
+    with pytest.raises((ValueError, RuntimeError)) as refusal:
+        run_table(1, **arguments)
+    assert words in str(refusal.value), refusal.value
+    assert load_records(tmp_path) == []
+
+
+def test_unknown_category_stops_a_grid_before_its_first_run(surface, textures, tmp_path, tiny):
+    with pytest.raises(ValueError, match='granite.*gravel'):
+        grid(tiny, surface, ['gravel', 'granite'], textures=textures, results=tmp_path, progress=False)
+    assert load_category(surface, 'gravel').name == 'gravel'

@@ -1,0 +1,110 @@
+"The notebooks are the single source: clean, in step with cse/ and README.md, importing one way."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+BIN = Path(sys.executable).parent
+
+
+def cells(path):
+    return json.loads(path.read_text())['cells']
+
+
+def source(cell):
+    return ''.join(cell['source'])
+
+
+def files(folder, *endings):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.suffix in endings and '.ipynb_checkpoints' not in p.parts}
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    "A copy of the project after nbdev_clean and nbdev_export."
+    copy = tmp_path_factory.mktemp('copy')
+    for name in ('settings.ini', 'setup.py', 'README.md'):
+        shutil.copy(ROOT / name, copy)
+    for name in ('nbs', 'cse'):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '.last_checked'))
+    for command in ('nbdev_clean', 'nbdev_export'):
+        subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True)
+    return copy
+
+
+@pytest.mark.parametrize('folder, ending', [('nbs', '.ipynb'), ('cse', '.py')])
+def test_nothing_changes_when_cleaned_and_exported(prepared, folder, ending):
+    mine, fresh = files(ROOT / folder, ending), files(prepared / folder, ending)
+    assert len(mine) > 10
+    assert mine.keys() == fresh.keys()
+    assert [str(p) for p in mine if mine[p] != fresh[p]] == [], 'out of step; run `make prepare`'
+
+
+def test_readme_is_the_index_notebook(tmp_path):
+    subprocess.run([BIN / 'jupyter', 'nbconvert', '--to', 'markdown', r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide',
+                    '--output-dir', tmp_path, '--output', 'README', ROOT / 'nbs/index.ipynb'], check=True, capture_output=True)
+    assert (tmp_path / 'README.md').read_text() == (ROOT / 'README.md').read_text(), 'out of step; run `make prepare`'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'nbs/tables').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_table_notebooks_have_one_cell_of_parameters(path):
+    tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1
+    assert all(isinstance(node, ast.Assign) for node in ast.parse(source(tagged[0])).body)
+    assert not any('#| export' in source(c) for c in cells(path)), 'a table notebook exports nothing'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_begin_with_a_title_and_a_sentence(path):
+    first = source(cells(path)[0])
+    assert re.match(r'# .+\n\n> .+', first), f'{path.name}: expected "# title" and "> one sentence"'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_imports_stand_alone(path):
+    "nbdev executes a cell that mixes imports with other code while it builds documentation."
+    for cell in cells(path):
+        if cell['cell_type'] != 'code' or re.search(r'#\|\s*(hide|exporti?)\b', source(cell)):
+            continue
+        body = ast.parse(re.sub(r'^%.*$', '', source(cell), flags=re.M)).body
+        imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
+        assert all(imports) or not any(imports), source(cell)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_hold_no_machine_paths_and_no_errors(path):
+    for cell in cells(path):
+        outputs = json.dumps(cell.get('outputs', []))
+        assert '"output_type": "error"' not in outputs
+        for trace in (str(ROOT) + '/', 'site-packages', str(Path.home()) + '/'):
+            assert trace not in outputs, f'{path.name}: an output holds {trace}'
+
+
+def test_modules_import_lower_numbers_only():
+    order = {m.group(1).replace('.', '/'): i for i, p in enumerate(sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')))
+             if (m := re.search(r'#\| default_exp (\S+)', '\n'.join(source(c) for c in cells(p))))}
+    assert len(order) > 10
+    for module, number in order.items():
+        for node in ast.walk(ast.parse((ROOT / f'cse/{module}.py').read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name and name.startswith('cse.'):
+                    assert order[name.removeprefix('cse.').replace('.', '/')] < number, f'{module} imports {name}'
+                assert name is None or name.split('.')[0] not in ('nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'jupyter'), f'{module} imports {name}'
+
+
+def test_import_is_light():
+    "`import cse` costs torch and timm; what takes seconds beyond them is loaded when it is needed."
+    code = ('import sys, torch, timm; before = set(sys.modules); import cse; '
+            'print(*sorted({m.split(".")[0] for m in set(sys.modules) - before}))')
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'papermill', 'sklearn', 'pandas', 'matplotlib', 'seaborn', 'skimage', 'openvino', 'scipy'}
+    assert 'cse' in loaded
+    assert heavy & set(loaded) == set()

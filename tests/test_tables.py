@@ -1,0 +1,106 @@
+"Table notebooks from papermill to the files in results."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import pytest
+
+from cse.experiments import GridError, grid, load_records, run, run_table
+
+ROOT = Path(__file__).parent.parent
+TABLE1 = str(ROOT / 'nbs/tables/table1_mvtec.ipynb')
+
+
+def execute(notebook, out, **parameters):
+    return papermill.execute_notebook(notebook, str(out), parameters, kernel_name='python3', progress_bar=False)
+
+
+def texts(notebook):
+    return '\n'.join(str(o.get('text', '')) + str(o.get('data', {})) for c in notebook.cells if c.cell_type == 'code' for o in c.outputs)
+
+
+def test_table1_from_a_folder(surface, textures, tmp_path):
+    results = tmp_path / 'results'
+    parameters = dict(data=str(surface), textures=str(textures), categories='["gravel"]', settings={'epochs': 2}, seeds='2', results=str(results))
+    shown = texts(execute(TABLE1, tmp_path / 'out.ipynb', **parameters))
+    records = load_records(results)
+    assert [r['seed'] for r in records] == [0, 1]
+    assert all(r['config']['epochs'] == 2 and r['data']['name'] == 'photographs' and r['data']['published'] is None for r in records)
+    mean = 100 * sum(r['metrics']['auroc'] for r in records) / 2
+    assert f'{mean:.1f}' in shown
+    for word in ('photographs', 'smoke', 'tf_efficientnet_lite0', 'not run', 'gravel', 'epochs'):
+        assert word in shown, f'{word} is not in the table or its caption'
+    written = {p.suffix: p for p in (results / 'tables').iterdir()}
+    assert set(written) == {'.md', '.csv', '.svg'}
+    assert f'{mean:.1f}' in written['.md'].read_text()
+
+    stamps = {p: p.stat().st_mtime_ns for p in (results / 'records').iterdir()}
+    before = {p: p.read_bytes() for p in (results / 'tables').iterdir()}
+    execute(TABLE1, tmp_path / 'out.ipynb', **parameters)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (results / 'records').iterdir()}, 'a finished run was run again'
+    assert before == {p: p.read_bytes() for p in (results / 'tables').iterdir()}
+
+
+def test_unknown_parameters_are_refused(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match='epochs=3: no parameter of this notebook'):
+        execute(TABLE1, tmp_path / 'out.ipynb', epochs=3)
+
+
+def test_parameters_files_are_known_to_the_notebooks():
+    import inspect
+    known = set(inspect.signature(run_table).parameters)
+    for path in (ROOT / 'params').glob('*.yml'):
+        names = {line.split(':')[0] for line in path.read_text().splitlines() if line and not line.startswith('#')}
+        assert names <= known
+
+
+def test_a_failing_run_does_not_take_the_others_with_it(own_surface, textures, tmp_path, tiny):
+    from conftest import write_category
+    write_category(own_surface, 'brick')
+    (own_surface / 'brick/test/bar/00.png').write_bytes(b'broken')
+    with pytest.raises(GridError, match=r'1 of 2 runs failed(.|\n)*brick(.|\n)*00\.png'):
+        grid(tiny, own_surface, ['brick', 'gravel'], textures=textures, results=tmp_path, progress=False)
+    assert [r['category'] for r in load_records(tmp_path)] == ['gravel']
+
+
+def test_force_runs_again(surface, textures, tmp_path, tiny):
+    first = run(tiny, surface, 'gravel', textures=textures, results=tmp_path)
+    again = run(tiny, surface, 'gravel', textures=textures, results=tmp_path, force=True)
+    assert first['scores'] == again['scores'], 'the same seed gives the same scores, bit for bit'
+    assert first['time'] != again['time'] or first['seconds'] != again['seconds']
+    assert len(load_records(tmp_path)) == 1
+
+
+def test_a_killed_run_leaves_nothing_half_written(surface, textures, tmp_path):
+    code = ('import sys\nfrom cse.experiments import run\nfrom cse import Config\nprint("ready", flush=True)\n'
+            f'run(Config.smoke(epochs=1000), {str(surface)!r}, "gravel", textures={str(textures)!r}, results={str(tmp_path)!r})')
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == 'ready'
+    time.sleep(3)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert load_records(tmp_path) == []
+    assert list(tmp_path.rglob('*.json')) == []
+
+
+def test_record_is_complete(surface, textures, tmp_path, tiny):
+    record = run(tiny, surface, 'gravel', textures=textures, results=tmp_path, table=1, seed=3)
+    (path,) = (tmp_path / 'records').iterdir()
+    assert json.loads(path.read_text()) == record
+    assert path.stem == record['key'] and 'gravel' in path.stem and 'seed3' in path.stem
+    assert len(record['scores']) == len(record['labels']) == len(record['images']) == 6
+    assert record['labels'] == [0, 0, 0, 1, 1, 1] and record['images'][0] == 'test/good/06.png'
+    assert record['data'] == dict(name='photographs', published=None, fingerprint=record['data']['fingerprint'], train=6, test_good=3, test_defective=3)
+    assert len(record['extractor']['sha256']) == 64 and record['extractor']['tag'] == 'packaged'
+    assert 0 <= record['metrics']['auroc_low'] <= record['metrics']['auroc'] <= record['metrics']['auroc_high'] <= 1
+    assert record['metrics']['pixel_auroc'] is not None and record['metrics']['aupro'] is not None
+    assert len(record['training']['history']) == 2
+    assert {'read', 'extractor', 'defects', 'embedder', 'fit', 'score', 'total'} <= record['seconds'].keys()
+    assert record['peak_memory_mb'] > 100 and record['versions']['torch']
+    for trace in (str(tmp_path), str(surface)):
+        assert trace not in path.read_text()
