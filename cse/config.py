@@ -33,7 +33,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #cca6cd68
+# %% ../nbs/00_config.ipynb #0a460951
 @dataclass(frozen=True)
 class Config:
     "Every setting of a run (§4.1 and the points where text and released code disagree)."
@@ -49,6 +49,7 @@ class Config:
     extractor: str = setting('efficientnet_b3.ra2_in1k', 'A timm model, its weight tag included')
     weights: str = setting('timm', "'timm' (hub), 'packaged' (tf_efficientnet_lite0 only), 'random', or a .safetensors or .pth file")
     layers: tuple[int, ...] = setting((3, 4), 'Which of the extractor\'s feature maps are used, finest first (`out_indices` of timm)')
+    precision: str = setting('float32', 'Numbers in which the extractor computes; bfloat16 is faster and less exact', ('float32', 'bfloat16'))
     # model
     embedding_dim: int = setting(64, 'Channels of the embedding', low=1, high=4096)
     decoder: str = setting('random', 'Decoder during training (§5.2, Table 5)', ('none', 'pretrained', 'joint', 'random'))

@@ -100,7 +100,7 @@ def as_image(
     if low < 0 or high > 1: raise DataError(f'{name}: holds values from {low:.3g} to {high:.3g}; expected [0, 1]')
     return value.float().expand(3, -1, -1)
 
-# %% ../nbs/01_data.ipynb #fd85b206
+# %% ../nbs/01_data.ipynb #b8a75163
 class Images:
     "Prepared images from a folder, paths, a tensor or a `Dataset`: a sequence of 3×crop×crop tensors."
     def __init__(self,
@@ -128,15 +128,22 @@ class Images:
     def batches(self,
         size: int = 32, # Images a batch
         workers: int = None, # Reading threads; `config.workers` if not given
+        errors: dict = None, # Collects index → `DataError` of images that cannot be read, which become black; without it they raise
     ): # Iterator over n×3×crop×crop tensors, in order
         "Read ahead in threads, at most two batches: memory stays flat however long the folder is."
+        def read(i):
+            try: return self[i]
+            except DataError as e:
+                if errors is None: raise
+                errors[i] = e
+                return torch.zeros(3, self.config.crop, self.config.crop)
         with ThreadPoolExecutor(workers or self.config.workers) as pool:
             indices = iter(range(len(self)))
-            ahead = [pool.submit(self.__getitem__, i) for i in islice(indices, 2 * size)]
+            ahead = [pool.submit(read, i) for i in islice(indices, 2 * size)]
             try:
                 while ahead:
                     batch, ahead = [f.result() for f in ahead[:size]], ahead[size:]
-                    ahead += [pool.submit(self.__getitem__, i) for i in islice(indices, size)]
+                    ahead += [pool.submit(read, i) for i in islice(indices, size)]
                     yield torch.stack(batch)
             finally:
                 for f in ahead: f.cancel()

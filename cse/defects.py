@@ -6,7 +6,7 @@
 __all__ = ['LATTICE', 'THRESHOLD', 'SMALLEST', 'STRUCTURAL', 'TEXTURAL', 'GRID', 'KINDS', 'perlin_noise', 'turn', 'draw_masks',
            'shift_hsv', 'mirror', 'rotate', 'brightness', 'saturation', 'hue', 'gamma', 'multiply_add', 'sharpness',
            'hue_saturation', 'solarize', 'posterize', 'invert', 'autocontrast', 'equalize', 'augment', 'shuffle_grid',
-           'blur', 'DefectGenerator']
+           'blur', 'DefectGenerator', 'plain_augment', 'plain_noise', 'plain_defect']
 
 # %% ../nbs/03_defects.ipynb #5dc21533
 import math
@@ -61,7 +61,7 @@ def draw_masks(
         left = left[~enough]
     return masks, noise
 
-# %% ../nbs/03_defects.ipynb #9627fbe9
+# %% ../nbs/03_defects.ipynb #50a79de2
 def _per_sample(values): return values.view(-1, 1, 1, 1)
 
 def shift_hsv(
@@ -72,14 +72,14 @@ def shift_hsv(
 ) -> torch.Tensor: # N×3×H×W in [0, 1]
     "Change hue and saturation in HSV space, keeping the value."
     hue, factor, add = (_per_sample(x)[:, 0] if isinstance(x, torch.Tensor) else x for x in (hue, factor, add))
-    r, g, b = images.unbind(1)
-    value, chroma = images.amax(1), images.amax(1) - images.amin(1)
+    (r, g, b), value = images.unbind(1), images.amax(1)
+    chroma = value - images.amin(1)
     safe = chroma.clamp(min=1e-8)
     sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    saturation = (chroma / value.clamp(min=1e-8) * factor + add).clamp(0, 1)
-    sector = sector + 6 * hue
-    channel = lambda k: value * (1 - saturation * torch.minimum(t := (k + sector) % 6, 4 - t).clamp(0, 1))
-    return torch.stack([channel(5), channel(3), channel(1)], 1)
+    sector = (sector + 6 * hue) % 6
+    chroma = torch.minimum((chroma * factor + value * add).clamp(min=0), value)
+    ramps = 2 - (sector - 3).abs(), (sector - 2).abs() - 1, (sector - 4).abs() - 1
+    return torch.stack([value - chroma * ramp.clamp(0, 1) for ramp in ramps], 1)
 
 # %% ../nbs/03_defects.ipynb #c1fb55bc
 def _between(u, low, high): return low + u * (high - low)
@@ -236,3 +236,70 @@ class DefectGenerator:
         sources, kinds = self.sources(images, generator)
         masks, _ = draw_masks(images.shape[2], generator, images.device)
         return torch.lerp(images, sources, masks), masks, kinds
+
+# %% ../nbs/03_defects.ipynb #1b43cb60
+def plain_augment(
+    image: torch.Tensor, # 3×H×W in [0, 1]
+    name: str, # Name of an augmentation
+    u: torch.Tensor, # Its three numbers in [0, 1)
+) -> torch.Tensor: # 3×H×W in [0, 1]
+    "One augmentation of one image, with torchvision where it has it."
+    from torchvision.transforms.v2 import functional as tv
+    a, b, _ = u.tolist()
+    levels = (image * 255).round().byte()
+    if name == 'mirror': return tv.horizontal_flip(image) if a < 0.5 else image
+    if name == 'rotate': return tv.affine(image, 45 - 90 * a, [0, 0], 1, [0, 0], interpolation=tv.InterpolationMode.BILINEAR)
+    if name == 'brightness': return tv.adjust_brightness(image, 0.8 + 0.4 * a)
+    if name == 'hue': return tv.adjust_hue(image, (2 * a - 1) * 50 / 255)
+    if name == 'gamma': return torch.stack([channel ** (0.5 + 1.5 * g) for channel, g in zip(image, u.tolist())])
+    if name == 'multiply_add': return (image * (0.8 + 0.4 * a) + (2 * b - 1) * 30 / 255).clamp(0, 1)
+    if name == 'sharpness': return tv.adjust_sharpness(image, 2 * a)
+    if name == 'solarize': return tv.solarize(image, (32 + 96 * b) / 255) if a < 0.5 else image
+    if name == 'posterize': return tv.posterize(levels, 1 + int(8 * a)).float() / 255
+    if name == 'invert': return tv.invert(image)
+    if name == 'autocontrast': return tv.autocontrast(image)
+    if name == 'equalize': return tv.equalize(levels).float() / 255
+    return globals()[name](image[None], u[None])[0] # saturation and hue_saturation work in HSV, which torchvision does not offer
+
+# %% ../nbs/03_defects.ipynb #6af9bf9b
+def plain_noise(
+    size: int, # Side, pixels
+    cells: tuple, # Lattice cells per axis (y, x)
+    angles: torch.Tensor, # 33×33 directions
+) -> torch.Tensor: # size×size
+    "Perlin noise as it is usually written: four corners, four dot products, two blends."
+    y, x = (torch.arange(size) * c / size for c in cells)
+    fade = lambda t: 6 * t**5 - 15 * t**4 + 10 * t**3
+    dy, dx = (y % 1)[:, None], (x % 1)[None]
+    def dot(down, right):
+        angle = angles[y.long()[:, None] + down, x.long()[None] + right]
+        return angle.sin() * (dy - down) + angle.cos() * (dx - right)
+    top, bottom = (torch.lerp(dot(k, 0), dot(k, 1), fade(dx).expand(size, size)) for k in (0, 1))
+    return math.sqrt(2) * torch.lerp(top, bottom, fade(dy).expand(size, size))
+
+# %% ../nbs/03_defects.ipynb #eaf6fc31
+def plain_defect(
+    image: torch.Tensor, # 3×H×W in [0, 1]
+    textures: torch.Tensor, # M×3×H×W in [0, 1]
+    generator: torch.Generator, # Source of every draw
+) -> tuple[torch.Tensor, torch.Tensor, int]: # Corrupted image; H×W mask; kind
+    "What `DefectGenerator` does, for one image and step by step (§3.1)."
+    from torchvision.transforms.v2 import functional as tv
+    u, size = torch.rand(25 + GRID**2, generator=generator), image.shape[1]
+    kind, strengths, cell = int(u[0] * 3), u[16:25].view(3, 3), size // GRID
+    if kind == 2: source = tv.gaussian_blur(image, [5 + 2 * int(u[1] * 6)] * 2, [6., 6.])
+    else:
+        pool, chosen = (STRUCTURAL, u[2:7]) if kind == 0 else (TEXTURAL, u[7:16])
+        source = image if kind == 0 else textures[int(u[1] * len(textures))]
+        for place, s in zip(chosen.argsort()[:3], strengths): source = plain_augment(source, pool[place].__name__, s)
+    if kind == 0:
+        pieces = [source[:, y:y + cell, x:x + cell] for y in range(0, size, cell) for x in range(0, size, cell)]
+        pieces = [pieces[k] for k in u[25:].argsort()]
+        source = torch.cat([torch.cat(pieces[row:row + GRID], 2) for row in range(0, GRID**2, GRID)], 1)
+    mask = torch.zeros(size, size)
+    while mask.sum() < SMALLEST * size**2:
+        v = torch.rand(3 + LATTICE**2, generator=generator)
+        noise = plain_noise(size, [2 ** int(6 * c) for c in v[:2]], v[3:].view(LATTICE, LATTICE) * 2 * math.pi)
+        noise = tv.affine(noise[None], 90 - 180 * v[2].item(), [0, 0], 1, [0, 0], interpolation=tv.InterpolationMode.BILINEAR)[0]
+        mask = (noise > THRESHOLD).float()
+    return image * (1 - mask) + source * mask, mask, kind

@@ -8,14 +8,15 @@ __all__ = ['METHODS', 'BUILTIN', 'RECORD_SCHEMA', 'make_method', 'resolve_data',
            'load_records', 'GridError', 'grid', 'read_parameters', 'as_list', 'as_seeds', 'default_categories',
            'run_table']
 
-# %% ../nbs/20_experiments.ipynb #99f2479c
+# %% ../nbs/20_experiments.ipynb #85f86c96
 import functools, hashlib, inspect, json, os, platform, resource, subprocess, sys, tempfile, time, traceback
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
+from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint, from_profile
-from .data import Images, categories, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
+from .data import DataError, Images, categories, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
 from .surfaces import SURFACES, builtin_surfaces
 from .detector import CSE
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
@@ -115,7 +116,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #c2aff443
+# %% ../nbs/20_experiments.ipynb #6d74b4bf
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -149,6 +150,7 @@ def run(
     fitted = time.perf_counter()
     scores = detector.score(found.test)
     scored = time.perf_counter()
+    if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
     metrics = _measure(found, scores, config)
     revision, dirty = commit()
     record = dict(
@@ -183,7 +185,7 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #ddb23c82
+# %% ../nbs/20_experiments.ipynb #318e4c36
 class GridError(RuntimeError):
     "Some runs of a grid failed; the others are on record."
 
@@ -193,7 +195,7 @@ def grid(
     names: list, # Categories
     methods: list = ('cse',), # Keys of `METHODS`
     seeds: list = (0,), # Seeds
-    progress: bool = True, # Print a line a run
+    progress: bool = True, # Print a line a run, and show bars on a terminal
     **kw, # More arguments of `run`
 ) -> list: # Records, in the order of the grid
     "All combinations of methods, categories and seeds. Raises `GridError` at the end if some failed."
@@ -201,18 +203,18 @@ def grid(
     if data:
         for name in names: load_category(data, name)
     todo = [(m, c, s) for c in names for m in methods for s in seeds]
-    records, failures = [], {}
-    for number, (method, name, seed) in enumerate(todo, 1):
+    records, failures, shown = [], {}, progress and sys.stderr.isatty()
+    for number, (method, name, seed) in enumerate(tqdm(todo, desc='runs', unit='run', disable=not shown), 1):
         start, title = time.perf_counter(), f'[{number}/{len(todo)}] {method} {name} seed {seed}'
-        try: records.append(record := run(config, data, name, method, seed, progress=progress and sys.stderr.isatty(), **kw))
-        except Exception as e:
-            failures[title] = f'{type(e).__name__}: {e}'
-            if progress: traceback.print_exc(file=sys.stderr)
-            continue
-        if progress:
+        try:
+            records.append(record := run(config, data, name, method, seed, progress=shown, **kw))
             took = time.perf_counter() - start
-            print(f'{title}: AUROC {100 * record["metrics"]["auroc"]:.1f} %, ' + (f'{took:.0f} s' if took > 0.5 * record['seconds']['total'] else 'on record'), flush=True)
-    if failures: raise GridError(f'{len(failures)} of {len(todo)} runs failed:\n' + '\n'.join(f'{t} {e}' for t, e in failures.items()))
+            line = f'{title}: AUROC {100 * record["metrics"]["auroc"]:.1f} %, ' + (f'{took:.0f} s' if took > 0.5 * record['seconds']['total'] else 'on record')
+        except Exception as e:
+            failures[title] = line = f'{title}: failed, {type(e).__name__}: {e}'
+            if progress: traceback.print_exc(file=sys.stderr)
+        if progress: tqdm.write(line, file=sys.stdout)
+    if failures: raise GridError(f'{len(failures)} of {len(todo)} runs failed:\n' + '\n'.join(failures.values()))
     return records
 
 # %% ../nbs/20_experiments.ipynb #3b20ac89

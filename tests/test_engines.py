@@ -1,0 +1,157 @@
+"Engines, caches and folders: what goes wrong there ends in a message and a documented fall-back."
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cse import CSE, Config
+from cse.data import cache_folder
+from cse.features import EngineError, FeatureExtractor, compile_openvino
+
+LITE = dict(name='tf_efficientnet_lite0', weights='packaged')
+IMAGES = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('CSE_CACHE', str(tmp_path / 'cache'))
+    return tmp_path / 'cache'
+
+
+@pytest.fixture(scope='module')
+def fitted(surface, textures, tiny):
+    return CSE(tiny, textures=textures).fit(surface / 'gravel/train/good', progress=False)
+
+
+def close(a, b):
+    return all(((x - y).abs().max() / y.abs().max()).item() < 1e-4 for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize('size', [(224, 224), (192, 256)])
+def test_engines_agree(size):
+    images = torch.rand(2, 3, *size)
+    ours, plain = (FeatureExtractor(**LITE, engine=e) for e in ('openvino', 'torch'))
+    assert close(ours(images), plain(images))
+    assert ours.info['engine'] == 'openvino' and 0 < ours.info['difference'] < 1e-4 and plain.info['difference'] is None
+
+
+def test_random_efficientnet_b3_runs_in_both_engines():
+    ours, plain = (FeatureExtractor('efficientnet_b3', 'random', engine=e) for e in ('openvino', 'torch'))
+    assert [tuple(f.shape[1:]) for f in ours(IMAGES[:1])] == [(136, 14, 14), (384, 7, 7)]
+    assert close(ours(IMAGES[:1]), plain(IMAGES[:1]))
+
+
+def test_without_the_package(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    extractor = FeatureExtractor(**LITE)
+    with caplog.at_level(logging.WARNING):
+        assert len(extractor(IMAGES)) == 2
+    assert extractor.info['engine'] == 'torch' and 'PyTorch computes the features instead' in caplog.text
+    with pytest.raises(EngineError, match="engine='torch' can"):
+        FeatureExtractor(**LITE, engine='openvino')(IMAGES)
+
+
+def test_an_extractor_that_cannot_be_converted(monkeypatch, caplog, own_cache):
+    import openvino
+    def fail(*args, **kw):
+        raise RuntimeError('No conversion rule found for operations: aten::odd')
+    monkeypatch.setattr(openvino, 'convert_model', fail)
+    extractor = FeatureExtractor(**LITE)
+    with caplog.at_level(logging.WARNING):
+        extractor(IMAGES)
+    assert extractor.engine == 'torch' and 'aten::odd' in caplog.text
+    with pytest.raises(EngineError, match='aten::odd'):
+        FeatureExtractor(**LITE, engine='openvino')(IMAGES)
+
+
+def test_a_network_that_computes_something_else_is_refused(monkeypatch, own_cache):
+    monkeypatch.setattr('cse.features.compile_openvino', lambda model, examples, key, precision: lambda *x: [f * 1.01 for f in model(*x)])
+    with pytest.raises(EngineError, match='differ from PyTorch by 1.0e-02'):
+        FeatureExtractor(**LITE, engine='openvino')(IMAGES)
+
+
+def test_a_damaged_compiled_network_is_written_again(own_cache, caplog):
+    before = FeatureExtractor(**LITE)(IMAGES)
+    (path,) = (cache_folder() / 'openvino').glob('*.xml')
+    for damage in (lambda: path.write_text('<net'), lambda: path.with_suffix('.bin').write_bytes(b'short'), lambda: path.with_suffix('.bin').unlink()):
+        damage()
+        extractor = FeatureExtractor(**LITE)
+        assert close(extractor(IMAGES), before) and extractor.engine == 'openvino'
+    assert close(FeatureExtractor(**LITE)(IMAGES), before)
+
+
+def test_bfloat16_on_request_only():
+    exact, fast = (FeatureExtractor(**LITE, precision=p)(IMAGES) for p in ('float32', 'bfloat16'))
+    assert all(f.dtype == torch.float32 for f in fast)
+    assert close(exact, FeatureExtractor(**LITE, engine='torch')(IMAGES))
+    plain = FeatureExtractor(**LITE, engine='torch', precision='bfloat16')(IMAGES)
+    assert not close(plain, exact), 'autocast leaves its trace'
+
+
+def test_compile_openvino_takes_several_inputs():
+    class Sum(torch.nn.Module):
+        def forward(self, a, b):
+            return a + b, a - b
+    run = compile_openvino(Sum(), [torch.rand(1, 2), torch.rand(1, 2)])
+    a, b = torch.rand(20, 2), torch.rand(20, 2)
+    total, difference = run(a, b)
+    assert torch.allclose(total, a + b) and torch.allclose(difference, a - b)
+
+
+def test_the_fused_network_scores_like_the_detector(fitted):
+    expected = fitted.score(IMAGES)
+    with torch.inference_mode():
+        scores, maps = fitted.fuse()(IMAGES)
+    assert np.allclose(scores, expected.image, rtol=1e-4) and np.allclose(maps, expected.coarse, rtol=1e-3, atol=1e-5)
+    with torch.inference_mode():
+        literal = fitted.bank.score(fitted.embedder(fitted.extractor(IMAGES))[1])
+    assert np.allclose(literal, expected.image, rtol=1e-4)
+    compiled = compile_openvino(fitted.fuse(), [IMAGES[:1]])(IMAGES)
+    assert np.allclose(compiled[0], expected.image, rtol=1e-4)
+    assert np.allclose(fitted.compile().score(IMAGES).image, expected.image, rtol=1e-4)
+
+
+def test_a_file_that_vanishes_costs_only_its_own_score(fitted, own_surface, caplog):
+    folder = own_surface / 'gravel/test'
+    paths = sorted(folder.rglob('*.png'))
+    whole = fitted.score(paths)
+    paths[2].unlink()
+    paths[4].write_bytes(b'damaged')
+    with caplog.at_level(logging.WARNING):
+        partial = fitted.score(paths)
+    assert np.isnan(partial.image[[2, 4]]).all() and '2 of 6 images have no score' in caplog.text and paths[2].name in caplog.text
+    others = [0, 1, 3, 5]
+    assert np.array_equal(partial.image[others], whole.image[others])
+    with pytest.raises(ValueError, match='2 of 2 images have no score'):
+        fitted.score([paths[2], paths[4]])
+
+
+def test_images_of_mixed_sizes_are_brought_to_one(fitted):
+    mixed = [torch.rand(3, 224, 224), torch.rand(3, 300, 200), torch.rand(1, 64, 64)]
+    assert len(fitted.score(mixed)) == 3
+
+
+def test_results_come_in_input_order(fitted, surface):
+    paths = sorted((surface / 'gravel').rglob('good/*.png'))
+    forward, backward = fitted.score(paths, batch_size=2), fitted.score(paths[::-1], batch_size=2)
+    assert forward.paths == backward.paths[::-1] and np.allclose(forward.image, backward.image[::-1], rtol=1e-5)
+
+
+def test_scores_of_many_images_do_not_hold_them(fitted, surface, tmp_path):
+    "What is kept of an image is its score and a 7×7 map."
+    scores = fitted.score(surface / 'gravel/test')
+    assert scores.coarse.shape == (6, 7, 7) and scores.map.shape == (6, 224, 224)
+
+
+def test_devices():
+    with pytest.raises(ValueError, match="engine='openvino' runs on the CPU"):
+        extractor = FeatureExtractor.from_config
+        import cse.features
+        original = cse.features.pick_device
+        try:
+            cse.features.pick_device = lambda d: torch.device('meta')
+            extractor(Config.smoke(engine='openvino'))
+        finally:
+            cse.features.pick_device = original
