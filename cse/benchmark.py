@@ -6,12 +6,12 @@
 __all__ = ['medians', 'row', 'Bench', 'training_step', 'defect_batch', 'eager_detector', 'inference', 'long_folder',
            'folder_scoring', 'folder_memory', 'engines_agree', 'whole_fit', 'benchmark', 'growth']
 
-# %% ../nbs/23_benchmark.ipynb #a03bab41
-import os, shutil, tempfile, time
+# %% ../nbs/23_benchmark.ipynb #4f346e7f
+import tempfile, time
 from pathlib import Path
 import numpy as np, torch
 from .config import Config
-from .data import Images, Stopwatch, image_files, load_category, seeded
+from .data import Images, Stopwatch, load_category, seeded
 from .surfaces import builtin_surfaces
 from .defects import DefectGenerator, plain_defect
 from .features import FeatureCache, FeatureExtractor
@@ -19,7 +19,7 @@ from .losses import reduce_loss
 from .scoring import MemoryBank
 from .training import _step, make_decoder, make_embedder, make_optimiser, pair_losses, pair_splits, pair_up, train
 from .detector import CSE
-from .experiments import peak_memory, processor, reset_peak_memory
+from .experiments import peak_memory, reset_peak_memory
 
 # %% ../nbs/23_benchmark.ipynb #e4613ff7
 def medians(
@@ -49,7 +49,7 @@ def row(
     met = ratio >= target[1] if target[0] == '≥' else ratio <= target[1]
     return dict(what=what, reference=f'{reference:.4g} {unit}', ours=f'{ours:.4g} {unit}', ratio=f'{ratio:.3g}', target=f'{target[0]} {target[1]:g}', met='yes' if met else 'no')
 
-# %% ../nbs/23_benchmark.ipynb #eaa1fdef
+# %% ../nbs/23_benchmark.ipynb #1c3633aa
 class Bench:
     "Images, extractor and detector on which everything is timed."
     def __init__(self,
@@ -58,11 +58,11 @@ class Bench:
         textures: str | Path = None, # Folder of textures; built-in ones if not given
         **settings, # Changes to the paper profile with tf_efficientnet_lite0
     ):
-        self.config = Config.paper(**dict(extractor='tf_efficientnet_lite0', weights='packaged') | settings)
+        self.config = Config.paper(**dict(extractor='tf_efficientnet_lite0', weights='packaged', device='cpu') | settings)
         root = Path(data) if data else builtin_surfaces(['wood'])
         self.category = load_category(root, category or ('fabric03' if (root/'fabric03').is_dir() else 'wood'))
         self.data, self.textures = data, textures
-        self.detector = CSE(self.config.replace(epochs=1), textures).fit(self.category.train, progress=False)
+        self.detector = CSE(self.config.replace(epochs=1), textures).fit(self.category.train, progress=False).compile()
         self.extractor, self.eager = self.detector.extractor, FeatureExtractor.from_config(self.config.replace(engine='torch'))
         self.cache = FeatureCache(Images(self.category.train, self.config), self.extractor, self.config)
         self.defects = DefectGenerator(np.ascontiguousarray(self.detector._textures()[:200]))

@@ -7,8 +7,8 @@ __all__ = ['IMAGE_SUFFIXES', 'MVTEC_COUNTS', 'DataError', 'read_image', 'resize_
            'seed_for', 'seeded', 'split', 'Category', 'categories', 'load_category', 'read_masks', 'files_fingerprint',
            'published_name', 'cache_folder', 'replacing', 'texture_images', 'Stopwatch']
 
-# %% ../nbs/01_data.ipynb #5eed88c1
-import hashlib, json, os, struct, tempfile, time
+# %% ../nbs/01_data.ipynb #df47f227
+import hashlib, os, struct, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from .config import Config, ConfigError
+from .config import Config
 
 # %% ../nbs/01_data.ipynb #8da52373
 class DataError(ValueError):

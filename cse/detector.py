@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #1cdab191
+# %% ../nbs/09_detector.ipynb #47f9bcb0
 import hashlib, json, logging
+from dataclasses import fields
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -31,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #cfbcf0f7
+# %% ../nbs/09_detector.ipynb #db14e1d2
 class CSE:
     "Surface anomaly detection with a contrastively selected embedding."
     def __init__(self,
@@ -58,9 +59,13 @@ class CSE:
         "Train the embedder and find the prototypes (Figure 2). Bad images, textures or weights raise before training starts."
         config, images = self.config, Images(images, self.config)
         pair_splits(len(images), config, self.seed)
+        if len(images) < config.clusters: raise DataError(f'{len(images)} images for clusters={config.clusters}; expected at least as many images as clusters')
         self.clock = clock = Stopwatch()
         with clock('textures'): defects = DefectGenerator(self._textures(), config.texture_channels, config.grey_textures)
         with clock('load'): self.extractor = FeatureExtractor.from_config(config)
+        strides = self.extractor.strides
+        if any(b != 2 * a for a, b in zip(strides, strides[1:])):
+            raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; those of {config.extractor} have strides {strides}')
         cache = FeatureCache(images, self.extractor, config, clock, progress)
         result = train(cache, self.extractor, defects, config, self.seed, clock, progress)
         self.embedder, self.history, self.best_epoch = result.embedder, result.history, result.best_epoch
@@ -109,6 +114,7 @@ class CSE:
             if len(errors) == len(images): raise DataError(message)
             logging.getLogger(__name__).warning(message)
             scores[list(errors)] = np.nan
+            if maps is not None: maps[list(errors)] = np.nan
         return Scores(scores, maps, self.config.crop, images.paths)
 
     def save(self,
@@ -128,9 +134,11 @@ class CSE:
     @classmethod
     def load(cls,
         folder: str | Path, # Where `save` wrote
-        **runtime, # Runtime settings that differ on this machine, such as `device`
+        **runtime, # Runtime settings that differ on this machine, such as `device`, or where the weights lie
     ): # A fitted detector
         "Read a saved detector. Raises `ModelError` for a file that is missing, damaged, or of another schema."
+        allowed = [f.name for f in fields(Config) if f.metadata['runtime']] + ['weights']
+        for name in runtime.keys() - set(allowed): raise ConfigError(f'{name}={runtime[name]!r}: expected one of {", ".join(allowed)}')
         about, tensors = _read_model(Path(folder))
         self = cls(Config.from_dict(about['config']).replace(**runtime), seed=about['seed'])
         self.extractor = FeatureExtractor.from_config(self.config)

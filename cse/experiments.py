@@ -8,16 +8,16 @@ __all__ = ['METHODS', 'BUILTIN', 'RECORD_SCHEMA', 'make_method', 'resolve_data',
            'load_records', 'GridError', 'grid', 'read_parameters', 'as_list', 'as_seeds', 'default_categories',
            'run_table']
 
-# %% ../nbs/20_experiments.ipynb #85f86c96
-import functools, hashlib, inspect, json, os, platform, resource, subprocess, sys, tempfile, time, traceback
+# %% ../nbs/20_experiments.ipynb #a6cf419c
+import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np, torch
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint, from_profile
 from .data import DataError, Images, categories, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
-from .surfaces import SURFACES, builtin_surfaces
+from .surfaces import SURFACES, VERSION, builtin_surfaces
 from .detector import CSE
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
 
@@ -55,12 +55,16 @@ def folder_fingerprint(
     stats = [p.stat() for p in image_files(folder)]
     return _folder_fingerprint(str(folder), tuple((s.st_size, s.st_mtime_ns) for s in stats))
 
-# %% ../nbs/20_experiments.ipynb #028797f8
+# %% ../nbs/20_experiments.ipynb #b1dd984f
 @functools.cache
 def versions() -> dict: # Package → version
     "Versions that can change a number."
     packages = 'torch', 'torchvision', 'timm', 'openvino', 'scikit-learn', 'numpy', 'pillow'
-    return {'cse': version('cse'), 'python': platform.python_version()} | {p: version(p) for p in packages}
+    return {'cse': _version('cse'), 'python': platform.python_version()} | {p: _version(p) for p in packages}
+
+def _version(package):
+    try: return version(package)
+    except PackageNotFoundError: return None
 
 @functools.cache
 def commit() -> tuple[str | None, bool | None]: # Hash of the commit; whether the source differs from it
@@ -71,9 +75,11 @@ def commit() -> tuple[str | None, bool | None]: # Hash of the commit; whether th
     try: return git('rev-parse', 'HEAD'), bool(git('status', '--porcelain', '--', 'cse', 'nbs', 'params', 'settings.ini'))
     except (OSError, subprocess.CalledProcessError): return None, None
 
-def processor() -> str: # Name of the CPU or GPU
+def processor(
+    device: torch.device = torch.device('cpu'), # Where it computes
+) -> str: # Name of the CPU or GPU
     "What computes."
-    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
     try: return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
@@ -116,7 +122,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #6d74b4bf
+# %% ../nbs/20_experiments.ipynb #e9e6fd72
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -138,7 +144,7 @@ def run(
     about = dict(name=published or name, published=published, fingerprint=folder_fingerprint(root/category),
                  train=len(found.train), test_good=int((found.labels == 0).sum()), test_defective=int((found.labels == 1).sum()))
     pasted = dict(name=Path(textures).resolve().name, fingerprint=folder_fingerprint(textures), images=len(image_files(textures))) if textures else \
-        dict(name='built-in textures', fingerprint='built-in', images=None)
+        dict(name='built-in textures', fingerprint=f'built-in-v{VERSION}', images=None)
     key = run_key(method, config, about, pasted, category, seed)
     path = Path(results)/'records'/f'{key}.json'
     if path.exists() and not force: return read_record(path)
@@ -153,6 +159,8 @@ def run(
     if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
     metrics = _measure(found, scores, config)
     revision, dirty = commit()
+    origin = detector.extractor.origin
+    if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
     record = dict(
         schema=RECORD_SCHEMA, key=key, table=table, method=method, category=category, profile=config.profile, config=config.to_dict(), seed=seed,
         data=about, textures=pasted, extractor=detector.extractor.info, images=[p.relative_to(root/category).as_posix() for p in found.test],
@@ -160,7 +168,7 @@ def run(
         training=dict(epochs=len(detector.history), best_epoch=detector.best_epoch, history=detector.history),
         seconds={k: round(v, 3) for k, v in detector.clock.seconds.items()} | dict(fit=round(fitted - start, 3), score=round(scored - fitted, 3),
                                                                                      total=round(time.perf_counter() - start, 3)),
-        peak_memory_mb=round(peak_memory(), 1), device=processor(), threads=torch.get_num_threads(), versions=versions(), commit=revision, dirty=dirty,
+        peak_memory_mb=round(peak_memory(), 1), device=processor(detector.extractor.device), threads=torch.get_num_threads(), versions=versions(), commit=revision, dirty=dirty,
         time=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'))
     with replacing(path) as temporary: temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
     return record
@@ -185,7 +193,7 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #318e4c36
+# %% ../nbs/20_experiments.ipynb #749d7c72
 class GridError(RuntimeError):
     "Some runs of a grid failed; the others are on record."
 
@@ -199,6 +207,7 @@ def grid(
     **kw, # More arguments of `run`
 ) -> list: # Records, in the order of the grid
     "All combinations of methods, categories and seeds. Raises `GridError` at the end if some failed."
+    if not (names and methods and seeds): raise ConfigError(f'nothing to run: categories {names}, methods {methods}, seeds {seeds}')
     for method in methods: make_method(method, config)
     if data:
         for name in names: load_category(data, name)
@@ -228,7 +237,7 @@ def read_parameters(
     for name in found.keys() - set(known): raise ConfigError(f'{name}={found[name]!r}: no parameter of this notebook; expected one of {", ".join(known)}')
     return found
 
-# %% ../nbs/20_experiments.ipynb #aad18acf
+# %% ../nbs/20_experiments.ipynb #ddebf5aa
 def as_list(
     value, # A list, or text: JSON or separated by commas
     name: str, # How errors call it
@@ -244,11 +253,12 @@ def as_seeds(
     value, # Number of seeds, or a list
 ) -> list: # Seeds
     "Read the parameter `seeds`."
-    if isinstance(value, bool) or isinstance(value, int) and value < 1: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list')
-    if isinstance(value, int): return list(range(value))
     seeds = as_list(value, 'seeds')
-    try: return list(range(int(seeds[0]))) if isinstance(value, str) and len(seeds) == 1 and not value.strip().startswith('[') else [int(s) for s in seeds]
-    except (ValueError, TypeError, IndexError): raise ConfigError(f'seeds={value!r}: expected a number of seeds or a list of whole numbers') from None
+    count = len(seeds) == 1 and not isinstance(value, (list, tuple)) and not str(value).strip().startswith('[')
+    try: found = list(range(int(seeds[0]))) if count else [int(s) for s in seeds]
+    except (ValueError, TypeError): found = []
+    if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
+    return found
 
 # %% ../nbs/20_experiments.ipynb #badcdc12
 def default_categories(

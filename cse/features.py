@@ -6,15 +6,15 @@
 __all__ = ['PACKAGED', 'CHUNK', 'TOLERANCE', 'WeightsError', 'load_model', 'EngineError', 'compile_openvino', 'pick_device',
            'FeatureExtractor', 'FeatureCache']
 
-# %% ../nbs/04_features.ipynb #65cf4644
+# %% ../nbs/04_features.ipynb #93713acb
 import hashlib, logging, tempfile, warnings
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from pathlib import Path
 import numpy as np, timm, torch
 from torch import nn
 from tqdm import tqdm
 from .config import Config, ConfigError, digest
-from .data import Images, Stopwatch, cache_folder, replacing
+from .data import Images, Stopwatch, cache_folder
 
 # %% ../nbs/04_features.ipynb #b3178098
 class WeightsError(RuntimeError):
@@ -160,7 +160,7 @@ def pick_device(
         raise ConfigError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; 'cpu' works everywhere")
     return found
 
-# %% ../nbs/04_features.ipynb #515b50bb
+# %% ../nbs/04_features.ipynb #e629b618
 class FeatureExtractor:
     "A frozen network from N×3×H×W images in [0, 1] to a list of feature maps, finest first (§3.2)."
     def __init__(self,
@@ -174,11 +174,14 @@ class FeatureExtractor:
     ):
         model, self.origin = load_model(name, weights, layers)
         cfg = timm.data.resolve_model_data_config(model)
-        self.device, self.layers, self.channels = pick_device(device), tuple(layers), model.feature_info.channels()
+        self.device, self.layers = pick_device(device), tuple(layers)
+        self.channels, self.strides = model.feature_info.channels(), model.feature_info.reduction()
         if engine not in ('auto', 'torch', 'openvino'): raise ConfigError(f"engine={engine!r}: expected 'auto', 'torch' or 'openvino'")
         if engine == 'openvino' and self.device.type != 'cpu': raise ConfigError(f"engine='openvino' runs on the CPU, not on {self.device}; use device='cpu'")
         self.model = _Normalised(model, cfg['mean'], cfg['std']).eval().requires_grad_(False).to(self.device)
-        if self.device.type == 'cuda': self.model = self.model.to(memory_format=torch.channels_last)
+        if self.device.type == 'cuda':
+            torch.backends.cudnn.allow_tf32 = False # float32 means float32
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.engine = 'torch' if engine == 'torch' or self.device.type != 'cpu' else 'openvino'
         if precision not in ('float32', 'bfloat16'): raise ConfigError(f"precision={precision!r}: expected 'float32' or 'bfloat16'")
         self.precision, self._run = precision, torch.compile(self.model) if compiled else self.model
@@ -191,7 +194,7 @@ class FeatureExtractor:
     def info(self) -> dict: return self.origin | dict(engine=self.engine, precision=self.precision, difference=self.difference, device=str(self.device))
 
     def _torch(self, images):
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bfloat16'):
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bfloat16'):
             if self.device.type == 'cuda': images = images.contiguous(memory_format=torch.channels_last)
             return [f.float().contiguous() for f in self._run(images)]
 
@@ -203,7 +206,7 @@ class FeatureExtractor:
             tensors = digest([float(p.double().sum()) for p in self.model.state_dict().values()])
             key = digest([self.origin, self.layers, size, tensors, openvino.__version__, torch.__version__], 24)
             run = compile_openvino(self.model, [example], key, self.precision)
-            with torch.inference_mode(): expected = self.model(example)
+            with torch.no_grad(): expected = self.model(example)
             difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(run(example), expected, strict=True))
             if not difference <= (TOLERANCE if self.precision == 'float32' else 1): raise EngineError(f'features differ from PyTorch by {difference:.1e}; the limit is {TOLERANCE:.0e}')
             self.difference = max(difference, self.difference or 0)

@@ -80,7 +80,7 @@ class FoldedEmbedder(nn.Module):
         h = F.relu(F.conv2d(F.relu(F.conv2d(h, self.w2, self.b2)), self.w3, self.b3))
         return F.avg_pool2d(h, 2) * self.scale + self.shift
 
-# %% ../nbs/05_model.ipynb #2e99172b
+# %% ../nbs/05_model.ipynb #ebc8ecd6
 class Decoder(nn.Module):
     "From the embedding u to a reconstruction of each feature map (§3.4, Figure 4)."
     def __init__(self,
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Sequential(block(dim, c // 2), *([nn.MaxPool2d(2 ** level)] if level else []), block(c // 2, c)) for level, c in enumerate(channels))
+            nn.Sequential(block(dim, c // 2), *([nn.MaxPool2d(2 ** level, ceil_mode=True)] if level else []), block(c // 2, c)) for level, c in enumerate(channels))
         self.to(memory_format=torch.channels_last)
 
     def forward(self,

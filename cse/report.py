@@ -6,12 +6,12 @@
 __all__ = ['PUBLISHED', 'Published', 'Markdown', 'markdown', 'published_frame', 'ReportError', 'published_means', 'check_records',
            'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'render', 'write_report', 'publish']
 
-# %% ../nbs/21_report.ipynb #8b731c8f
+# %% ../nbs/21_report.ipynb #ff56c903
 import functools, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
-from .config import PROFILES, Config, ConfigError, differences, from_profile
+from .config import Config, ConfigError, differences, from_profile
 from .data import replacing
 from .metrics import mean_sd
 

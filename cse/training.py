@@ -6,11 +6,10 @@
 __all__ = ['AHEAD', 'pair_splits', 'pair_up', 'partners', 'pair_losses', 'relative_variance', 'make_embedder', 'make_decoder',
            'make_optimiser', 'TrainingError', 'Training', 'train']
 
-# %% ../nbs/07_training.ipynb #dae3f400
+# %% ../nbs/07_training.ipynb #aa6237d2
 import copy
 from dataclasses import dataclass
 import torch
-from torch import nn
 from tqdm import tqdm
 from .config import Config
 from .data import Stopwatch, seed_for, seeded, split
@@ -179,7 +178,7 @@ class _Validation:
             embeddings.append(z)
         return torch.cat(losses).mean().item(), relative_variance(torch.cat(embeddings))
 
-# %% ../nbs/07_training.ipynb #7ac8be4b
+# %% ../nbs/07_training.ipynb #944277e2
 def train(
     cache: FeatureCache, # Images and features of the defect-free images
     extractor: FeatureExtractor, # The frozen extractor they came from
@@ -213,7 +212,8 @@ def train(
                         steps.append(losses.detach().sum())
             loss = torch.stack(steps[start:]).sum().item() / len(first)
             with clock('validation'): validation_loss, variance = validate(embedder, decoder, epoch)
-            if not loss < float('inf'): raise TrainingError(f'epoch {epoch}: the loss is {loss}; a smaller lr than {config.lr} may help')
+            if not (loss < float('inf') and validation_loss < float('inf')):
+                raise TrainingError(f'epoch {epoch}: loss {loss}, validation loss {validation_loss}; a smaller lr than {config.lr} may help')
             history.append(dict(epoch=epoch, loss=loss, validation_loss=validation_loss, variance=variance))
             bar.set_postfix(loss=f'{loss:.3f}', validation=f'{validation_loss:.3f}', variance=f'{variance:.3f}')
             if config.checkpoint == 'last' or best is None or validation_loss < history[best]['validation_loss']:

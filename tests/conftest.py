@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')  # the tests are those of the CPU
+import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 

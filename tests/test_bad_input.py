@@ -150,7 +150,8 @@ def test_settings(values, words):
 
 
 RUNS = [(dict(profile='quick'), "profile='quick'"), (dict(methods='patchwork'), "method='patchwork'"), (dict(categories='granite'), "'granite'"),
-        (dict(seeds=0), 'seeds=0'), (dict(seeds='many'), "seeds='many'"), (dict(settings={'epoch': 1}), 'epoch=1'), (dict(settings='{'), 'settings='),
+        (dict(seeds=0), 'seeds=0'), (dict(seeds='many'), "seeds='many'"), (dict(seeds='0'), "seeds='0'"), (dict(seeds='[]'), "seeds='[]'"),
+        (dict(methods=''), 'nothing to run'), (dict(settings={'clusters': 99}), 'clusters=99'), (dict(settings={'layers': [2, 4]}), 'layers=(2, 4)'), (dict(settings={'epoch': 1}), 'epoch=1'), (dict(settings='{'), 'settings='),
         (dict(categories='["gravel"'), 'categories='), (dict(device='tpu'), "device='tpu'"), (dict(device='cuda:99'), "device='cuda:99'"),
         (dict(extractor='resnet1'), "extractor='resnet1'"), (dict(weights='absent.pth'), 'absent.pth'), (dict(extractor='resnet18'), 'packaged'),
         (dict(settings={'layers': [9]}), 'layers=(9,)'), (dict(textures='nowhere'), 'nowhere'), (dict(settings={'crop': 100, 'resize': 100}), 'multiple of 8')]

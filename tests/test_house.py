@@ -83,21 +83,24 @@ def test_outputs_hold_no_machine_paths_and_no_errors(path):
     for cell in cells(path):
         outputs = json.dumps(cell.get('outputs', []))
         assert '"output_type": "error"' not in outputs
-        for trace in (str(ROOT) + '/', 'site-packages', str(Path.home()) + '/'):
-            assert trace not in outputs, f'{path.name}: an output holds {trace}'
+        found = re.search(r'(?<![\w.])/(home|root|Users|work|tmp|opt)/|site-packages', outputs)
+        assert not found, f'{path.name}: an output holds {outputs[found.start():found.start() + 60]}'
 
 
 def test_modules_import_lower_numbers_only():
     order = {m.group(1).replace('.', '/'): i for i, p in enumerate(sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')))
              if (m := re.search(r'#\| default_exp (\S+)', '\n'.join(source(c) for c in cells(p))))}
     assert len(order) > 10
+    checked = 0
     for module, number in order.items():
         for node in ast.walk(ast.parse((ROOT / f'cse/{module}.py').read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names = [('cse.' if node.level else '') + (node.module or '')] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for name in names:
-                if name and name.startswith('cse.'):
+                if name.startswith('cse.'):
+                    checked += 1
                     assert order[name.removeprefix('cse.').replace('.', '/')] < number, f'{module} imports {name}'
-                assert name is None or name.split('.')[0] not in ('nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'jupyter'), f'{module} imports {name}'
+                assert name.split('.')[0] not in ('nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'jupyter'), f'{module} imports {name}'
+    assert checked > 20
 
 
 def test_import_is_light():

@@ -1,10 +1,8 @@
 "Table notebooks from papermill to the files in results."
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import papermill
@@ -76,16 +74,32 @@ def test_force_runs_again(surface, textures, tmp_path, tiny):
     assert len(load_records(tmp_path)) == 1
 
 
-def test_a_killed_run_leaves_nothing_half_written(surface, textures, tmp_path):
-    code = ('import sys\nfrom cse.experiments import run\nfrom cse import Config\nprint("ready", flush=True)\n'
-            f'run(Config.smoke(epochs=1000), {str(surface)!r}, "gravel", textures={str(textures)!r}, results={str(tmp_path)!r})')
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().strip() == 'ready'
-    time.sleep(3)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert load_records(tmp_path) == []
-    assert list(tmp_path.rglob('*.json')) == []
+def test_a_run_killed_while_it_writes_leaves_nothing_half_written(surface, textures, tmp_path, tiny):
+    "Killed in the worst moment: the record is written, but not yet in its place."
+    code = ('import os, signal\nfrom cse.experiments import run\nfrom cse import Config\nreal = os.replace\n'
+            'os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if "records" in str(b) else real(a, b)\n'
+            f'run(Config.smoke(epochs=2), {str(surface)!r}, "gravel", textures={str(textures)!r}, results={str(tmp_path)!r})')
+    killed = subprocess.run([sys.executable, '-c', code], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert load_records(tmp_path) == [] and list(tmp_path.rglob('*.json')) == []
+    record = run(tiny, surface, 'gravel', textures=textures, results=tmp_path)
+    assert load_records(tmp_path) == [record]
+
+
+def test_a_weights_file_is_recorded_by_name_and_hash(surface, textures, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+    from cse import Config
+    (tmp_path / 'folder').mkdir()
+    path = tmp_path / 'folder' / 'some.safetensors'
+    save_file(timm.create_model('resnet18').state_dict(), path)
+    config = Config.smoke(epochs=1, extractor='resnet18', weights=str(path))
+    record = run(config, surface, 'gravel', textures=textures, results=tmp_path / 'results')
+    assert record['config']['weights'] == record['extractor']['tag'] == 'some.safetensors' and len(record['extractor']['sha256']) == 64
+    assert str(tmp_path) not in json.dumps(record)
+    path.rename(tmp_path / 'some.safetensors')
+    moved = run(config.replace(weights=str(tmp_path / 'some.safetensors')), surface, 'gravel', textures=textures, results=tmp_path / 'results')
+    assert moved == record, 'the same weights in another place are the same run'
 
 
 def test_record_is_complete(surface, textures, tmp_path, tiny):
