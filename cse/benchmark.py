@@ -49,7 +49,7 @@ def row(
     met = ratio >= target[1] if target[0] == '≥' else ratio <= target[1]
     return dict(what=what, reference=f'{reference:.4g} {unit}', ours=f'{ours:.4g} {unit}', ratio=f'{ratio:.3g}', target=f'{target[0]} {target[1]:g}', met='yes' if met else 'no')
 
-# %% ../nbs/23_benchmark.ipynb #1c3633aa
+# %% ../nbs/23_benchmark.ipynb #25d08e59
 class Bench:
     "Images, extractor and detector on which everything is timed."
     def __init__(self,
@@ -65,7 +65,7 @@ class Bench:
         self.detector = CSE(self.config.replace(epochs=1), textures).fit(self.category.train, progress=False).compile()
         self.extractor, self.eager = self.detector.extractor, FeatureExtractor.from_config(self.config.replace(engine='torch'))
         self.cache = FeatureCache(Images(self.category.train, self.config), self.extractor, self.config)
-        self.defects = DefectGenerator(np.ascontiguousarray(self.detector._textures()[:200]))
+        self.defects = DefectGenerator(np.array(self.detector._textures()[:200]))
 
 # %% ../nbs/23_benchmark.ipynb #bd11b776
 def training_step(
