@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #db14e1d2
+# %% ../nbs/09_detector.ipynb #28c1de96
 class CSE:
     "Surface anomaly detection with a contrastively selected embedding."
     def __init__(self,
@@ -103,12 +103,17 @@ class CSE:
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
         "Anomaly scores (§3.5). An image that cannot be read scores NaN and is named in a warning; the others are scored."
         if self.bank is None: raise RuntimeError('this detector is not fitted; call fit(images) with defect-free images, or CSE.load(folder)')
-        images, scores, maps, errors = Images(images, self.config), [], [], {}
+        images, errors, scores, maps, start = Images(images, self.config), {}, None, None, 0
         with tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False) as bar:
             for batch in images.batches(batch_size, errors=errors):
-                for store, values in zip((scores, maps), self._scored(batch)): store.append(values.cpu())
-                bar.update(len(batch))
-        scores, maps = torch.cat(scores).numpy(), None if self.config.anomaly_map == 'none' else torch.cat(maps).numpy()
+                values, coarse = (t.cpu().numpy() for t in self._scored(batch))
+                if scores is None: # room for all at once: small arrays kept between large ones that go would scatter the memory
+                    scores = np.empty(len(images), np.float32)
+                    maps = None if self.config.anomaly_map == 'none' else np.empty((len(images), *coarse.shape[1:]), np.float32)
+                scores[start:start + len(values)] = values
+                if maps is not None: maps[start:start + len(values)] = coarse
+                start += len(values)
+                bar.update(len(values))
         if errors:
             message = f'{len(errors)} of {len(images)} images have no score: {next(iter(errors.values()))}'
             if len(errors) == len(images): raise DataError(message)
