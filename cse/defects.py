@@ -14,7 +14,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from .data import DataError
 
-# %% ../nbs/03_defects.ipynb #e83b14bd
+# %% ../nbs/03_defects.ipynb #bc9d066a
 LATTICE = 33 # points an axis that 2⁵ cells need
 
 def perlin_noise(
@@ -24,24 +24,29 @@ def perlin_noise(
 ) -> torch.Tensor: # N×size×size noise, roughly in [-1, 1]
     "Gradient noise on a lattice (Perlin 1985), as DRAEM uses it for defect masks (§3.1)."
     pixels, points = torch.arange(size, device=cells.device) / size, torch.arange(LATTICE, device=cells.device)
-    offset = (cells[:, :, None] * pixels)[..., None] - points # N×2×size×33
+    counts, which = cells.unique(return_inverse=True)
+    offset = (counts[:, None] * pixels)[..., None] - points # for each count: size×33
     t = (1 - offset.abs()).clamp(min=0)
     weight = t ** 3 * (t * (6 * t - 15) + 10)
-    (wy, wx), (oy, ox) = weight.unbind(1), (weight * offset).unbind(1)
+    (wy, wx), (oy, ox) = (table[which].unbind(1) for table in (weight, weight * offset))
     return math.sqrt(2) * (oy @ angles.sin() @ wx.mT + wy @ angles.cos() @ ox.mT)
 
-# %% ../nbs/03_defects.ipynb #1c8ff26c
+# %% ../nbs/03_defects.ipynb #69603239
 def turn(
     images: torch.Tensor, # N×C×H×W
     angle: torch.Tensor, # N angles, radians
 ) -> torch.Tensor: # N×C×H×W, zero where the turned square does not reach
     "Rotate about the centre with bilinear interpolation."
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    return F.grid_sample(images, F.affine_grid(matrix, images.shape, align_corners=False), align_corners=False)
+    y, x = ((2 * torch.arange(side, device=images.device) + 1) / side - 1 for side in images.shape[2:])
+    turned = torch.complex(*torch.broadcast_tensors(x, y[:, None])) * torch.polar(torch.ones_like(angle), angle).view(-1, 1, 1)
+    return F.grid_sample(images, torch.view_as_real(turned), align_corners=False)
 
-# %% ../nbs/03_defects.ipynb #405492b1
+# %% ../nbs/03_defects.ipynb #d82150b4
 THRESHOLD, SMALLEST = 0.5, 100 / 224**2 # of the noise; of the image's area
+
+def _above(values, threshold):
+    "1 where values exceed the threshold, else 0; both in [-1, 1]. Many times faster than a comparison, which goes through bool."
+    return (values - threshold).ceil_().clamp_(0, 1)
 
 def draw_masks(
     size: int, # Side of the images, pixels
@@ -49,19 +54,19 @@ def draw_masks(
     device: torch.device = 'cpu', # Where the masks are made
 ) -> tuple[torch.Tensor, torch.Tensor]: # N×1×size×size masks of zeros and ones; N×size×size noise they come from
     "Thresholded Perlin noise, drawn again until at least 100 pixels (at 224²) are set (§3.1)."
-    masks, noise = torch.zeros(len(generators), 1, size, size, device=device), torch.zeros(len(generators), size, size, device=device)
-    left = torch.arange(len(generators))
-    while len(left):
-        u = torch.stack([torch.rand(3 + LATTICE**2, generator=generators[i]) for i in left]).to(device)
-        drawn = perlin_noise(size, 2 ** (u[:, :2] * 6).floor(), u[:, 3:].view(-1, LATTICE, LATTICE) * 2 * math.pi)
-        drawn = turn(drawn[:, None], (u[:, 2] - 0.5) * math.pi)[:, 0]
-        mask = (drawn > THRESHOLD).float()
-        enough = (mask.sum((1, 2)) >= SMALLEST * size**2).cpu()
-        masks[left[enough], 0], noise[left[enough]] = mask[enough], drawn[enough]
-        left = left[~enough]
-    return masks, noise
+    def draw(which):
+        u = torch.stack([torch.rand(3 + LATTICE**2, generator=generators[i]) for i in which]).to(device)
+        noise = perlin_noise(size, 2 ** (u[:, :2] * 6).floor(), u[:, 3:].view(-1, LATTICE, LATTICE) * 2 * math.pi)
+        noise = turn(noise[:, None], (u[:, 2] - 0.5) * math.pi)
+        masks = _above(noise, THRESHOLD)
+        return masks, noise, masks.sum((1, 2, 3)) < SMALLEST * size**2
+    masks, noise, small = draw(range(len(generators)))
+    while small.any():
+        again = small.nonzero()[:, 0]
+        masks[again], noise[again], small[again] = draw(again.tolist())
+    return masks, noise[:, 0]
 
-# %% ../nbs/03_defects.ipynb #50a79de2
+# %% ../nbs/03_defects.ipynb #9b363f77
 def _per_sample(values): return values.view(-1, 1, 1, 1)
 
 def shift_hsv(
@@ -71,24 +76,29 @@ def shift_hsv(
     add: torch.Tensor = 0, # N additions to the saturation, in [-1, 1]
 ) -> torch.Tensor: # N×3×H×W in [0, 1]
     "Change hue and saturation in HSV space, keeping the value."
-    hue, factor, add = (_per_sample(x)[:, 0] if isinstance(x, torch.Tensor) else x for x in (hue, factor, add))
-    (r, g, b), value = images.unbind(1), images.amax(1)
-    chroma = value - images.amin(1)
-    safe = chroma.clamp(min=1e-8)
-    sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sector = (sector + 6 * hue) % 6
-    chroma = torch.minimum((chroma * factor + value * add).clamp(min=0), value)
-    ramps = 2 - (sector - 3).abs(), (sector - 2).abs() - 1, (sector - 4).abs() - 1
-    return torch.stack([value - chroma * ramp.clamp(0, 1) for ramp in ramps], 1)
+    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - low
+    if isinstance(hue, torch.Tensor):
+        (r, g, b), safe = images.split(1, 1), chroma.clamp(min=1e-8)
+        not_r, not_g = _above(value, r), _above(value, g) # is red, is green not the largest?
+        sector = torch.lerp(g - b, torch.lerp(b - r, r - g, not_g), not_r).div_(safe).add_(not_r.mul_(not_g.add_(1)), alpha=2).add_(_per_sample(6 * hue))
+        sector.sub_((sector / 6).floor_(), alpha=6)
+        ramps = 2 - (sector - 3).abs_(), (sector - 2).abs_() - 1, (sector - 4).abs_() - 1
+        images = torch.cat([torch.addcmul(value, chroma, ramp.clamp_(0, 1), value=-1) for ramp in ramps], 1)
+    if isinstance(factor, torch.Tensor) or isinstance(add, torch.Tensor):
+        factor, add = (_per_sample(x) if isinstance(x, torch.Tensor) else x for x in (factor, add))
+        grown = torch.minimum((chroma * factor + value * add).clamp_(min=0), value)
+        images = torch.addcmul(value, images - value, grown.div_(chroma.clamp_(min=1e-8)))
+    return images
 
-# %% ../nbs/03_defects.ipynb #c1fb55bc
+# %% ../nbs/03_defects.ipynb #801f1a7b
 def _between(u, low, high): return low + u * (high - low)
 
-def mirror(images, u): return torch.where(_per_sample(u[:, 0]) < 0.5, images.flip(-1), images)
+def mirror(images, u): return torch.lerp(images, images.flip(-1), _per_sample((u[:, 0] < 0.5).float()))
 
 def rotate(images, u): return turn(images, _between(u[:, 0], -math.pi / 4, math.pi / 4))
 
-def brightness(images, u): return (images * _per_sample(_between(u[:, 0], 0.8, 1.2))).clamp(0, 1)
+def brightness(images, u): return (images * _per_sample(_between(u[:, 0], 0.8, 1.2))).clamp_(0, 1)
 
 def saturation(images, u): return shift_hsv(images, factor=_between(u[:, 0], 0.5, 1.5))
 
@@ -96,35 +106,37 @@ def hue(images, u): return shift_hsv(images, hue=_between(u[:, 0], -50 / 255, 50
 
 STRUCTURAL = mirror, rotate, brightness, saturation, hue
 
-# %% ../nbs/03_defects.ipynb #b805afef
-def gamma(images, u): return images.clamp(min=1e-6) ** _between(u[:, :3], 0.5, 2).view(-1, 3, 1, 1)
+# %% ../nbs/03_defects.ipynb #32b09482
+def gamma(images, u): return images.clamp(min=1e-6).pow_(_between(u[:, :3], 0.5, 2).view(-1, 3, 1, 1))
 
 def multiply_add(images, u):
-    return (images * _per_sample(_between(u[:, 0], 0.8, 1.2)) + _per_sample(_between(u[:, 1], -30 / 255, 30 / 255))).clamp(0, 1)
+    return images.mul(_per_sample(_between(u[:, 0], 0.8, 1.2))).add_(_per_sample(_between(u[:, 1], -30 / 255, 30 / 255))).clamp_(0, 1)
 
 def sharpness(images, u):
     "Away from (factor > 1) or towards (< 1) a 3×3 smoothed image; the outermost pixels stay."
-    kernel = torch.tensor([[1., 1, 1], [1, 5, 1], [1, 1, 1]], device=images.device) / 13
-    smooth, n = images.clone(), len(images)
-    smooth[..., 1:-1, 1:-1] = F.conv2d(images.reshape(1, 3 * n, *images.shape[2:]), kernel.expand(3 * n, 1, 3, 3), groups=3 * n).unflatten(1, (n, 3))[0]
-    return torch.lerp(smooth, images, _per_sample(_between(u[:, 0], 0, 2))).clamp(0, 1)
+    rows = (images[..., :-2, :] + images[..., 1:-1, :]).add_(images[..., 2:, :])
+    box = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
+    smooth = images.clone()
+    smooth[..., 1:-1, 1:-1].mul_(4 / 13).add_(box, alpha=1 / 13)
+    return smooth.lerp_(images, _per_sample(_between(u[:, 0], 0, 2))).clamp_(0, 1)
 
 def hue_saturation(images, u):
     return shift_hsv(images, hue=_between(u[:, 0], -10 / 255, 10 / 255), add=_between(u[:, 1], -10 / 255, 10 / 255))
 
 def solarize(images, u):
-    threshold = torch.where(u[:, 0] < 0.5, _between(u[:, 1], 32 / 255, 128 / 255), 2)
-    return torch.where(images >= _per_sample(threshold), 1 - images, images)
+    threshold = torch.where(u[:, 0] < 0.5, _between(u[:, 1], 32 / 255, 128 / 255), 1)
+    return torch.lerp(images, 1 - images, _above(images, _per_sample(threshold)))
 
 def posterize(images, u):
-    step = 2 ** (7 - (u[:, 0] * 8).floor())
-    return ((images * 255).round() / _per_sample(step)).floor() * _per_sample(step) / 255
+    step = _per_sample(2 ** (7 - (u[:, 0] * 8).floor()))
+    return (images * 255).round_().div_(step).floor_().mul_(step / 255)
 
 def invert(images, u): return 1 - images
 
 def autocontrast(images, u):
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-8), images)
+    flat = high == low
+    return (images - low.masked_fill(flat, 0)).div_((high - low).masked_fill_(flat, 1))
 
 # %% ../nbs/03_defects.ipynb #cdb62746
 def equalize(images, u):
@@ -139,7 +151,7 @@ def equalize(images, u):
 
 TEXTURAL = gamma, multiply_add, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize
 
-# %% ../nbs/03_defects.ipynb #62d8f150
+# %% ../nbs/03_defects.ipynb #3f3763a0
 def augment(
     images: torch.Tensor, # N×3×H×W in [0, 1]
     pool: tuple, # Augmentations to choose from
@@ -147,12 +159,13 @@ def augment(
     u: torch.Tensor, # N×3×3 numbers in [0, 1): the strengths of each of the three
 ) -> torch.Tensor: # N×3×H×W in [0, 1]
     "Three augmentations a sample, one after the other."
-    images, order = images.clone(), order.cpu()
-    for turn in range(order.shape[1]):
+    images, order = list(images), order.tolist()
+    for turn in range(len(order[0])):
         for place, f in enumerate(pool):
-            chosen = torch.nonzero(order[:, turn] == place)[:, 0].to(images.device)
-            if len(chosen): images[chosen] = f(images[chosen], u[chosen, turn])
-    return images
+            chosen = [i for i, places in enumerate(order) if places[turn] == place]
+            if chosen:
+                for i, image in zip(chosen, f(torch.stack([images[i] for i in chosen]), u[chosen, turn])): images[i] = image
+    return torch.stack(images)
 
 # %% ../nbs/03_defects.ipynb #bb8be858
 GRID = 8 # cells a side
@@ -181,7 +194,7 @@ def blur(
     for shape in ((most, 1), (1, most)): planes = F.conv2d(planes, weights.view(-1, 1, *shape), groups=3 * n)
     return planes.view(n, 3, h, w)
 
-# %% ../nbs/03_defects.ipynb #e70c35c8
+# %% ../nbs/03_defects.ipynb #fe7e88c5
 KINDS = 'structural', 'textural', 'blurry'
 
 class DefectGenerator:
@@ -198,7 +211,7 @@ class DefectGenerator:
 
     def _texture(self, places, images):
         chosen = torch.as_tensor(self.textures[places.numpy()])
-        if chosen.dtype == torch.uint8: chosen = chosen.float() / 255
+        if chosen.dtype == torch.uint8: chosen = chosen.float().div_(255)
         if chosen.shape[-2:] != images.shape[-2:]: chosen = F.interpolate(chosen, images.shape[-2:], mode='bilinear', antialias=True).clamp_(0, 1)
         if self.channels == 'bgr': chosen = chosen.flip(1)
         if self.grey: chosen = chosen.mean(1, keepdim=True).expand_as(chosen)
@@ -210,17 +223,17 @@ class DefectGenerator:
     ) -> tuple[torch.Tensor, torch.Tensor]: # N×3×H×W sources S; N kinds, places in `KINDS`
         "What is pasted into each image."
         u = torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
-        kinds, out = (u[:, 0] * 3).long(), torch.empty_like(images)
+        kinds, out = (u[:, 0] * 3).long(), list(images)
         strengths, device = u[:, 16:25].view(-1, 3, 3).to(images.device), images.device
         for kind, name in enumerate(KINDS):
             chosen = torch.nonzero(kinds == kind)[:, 0]
             if not len(chosen): continue
-            v, s, here = u[chosen], strengths[chosen.to(device)], images[chosen.to(device)]
+            v, s, here = u[chosen], strengths[chosen.to(device)], torch.stack([images[i] for i in chosen])
             if name == 'structural': made = shuffle_grid(augment(here, STRUCTURAL, v[:, 2:7].argsort(1)[:, :3], s), v[:, 25:].argsort(1).to(device))
             elif name == 'textural': made = augment(self._texture((v[:, 1] * len(self.textures)).long(), here), TEXTURAL, v[:, 7:16].argsort(1)[:, :3], s)
             else: made = blur(here, 5 + 2 * (v[:, 1] * 6).long())
-            out[chosen.to(device)] = made
-        return out, kinds
+            for i, image in zip(chosen, made): out[i] = image
+        return torch.stack(out), kinds
 
     def __call__(self,
         images: torch.Tensor, # N×3×H×W in [0, 1], H = W a multiple of 8
