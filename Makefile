@@ -1,5 +1,5 @@
 # make test      everything that is checked, on a fresh clone too
-# make tables    Table 1 on built-in surfaces; DATA=… TEXTURES=… PROFILE=paper for other data
+# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
 # make clean     remove what the above made, results excepted
@@ -10,16 +10,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 PROFILE ?= smoke
-TABLES ?= table1_mvtec
+TABLES ?= table1_mvtec table2_tilda table3_speed table4_classifier table5_decoder
 DATA ?= $(MVTEC)
 TEXTURES ?= $(DTD)
-name := $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),built-in)
+# Table 2 has data of its own
+data = $(if $(filter table2_tilda,$(1)),$(TILDA),$(DATA))
+name = $(if $(call data,$(1)),$(notdir $(patsubst %/,%,$(call data,$(1)))),built-in)
 given = $(if $(2),-p $(1) '$(2)')
-parameters = $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,extractor,$(EXTRACTOR)) $(call given,weights,$(WEIGHTS)) \
+parameters = $(call given,textures,$(TEXTURES)) $(call given,extractor,$(EXTRACTOR)) $(call given,weights,$(WEIGHTS)) \
   $(call given,categories,$(CATEGORIES)) $(call given,methods,$(METHODS)) $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE))
 
 # an executed notebook keeps its parameters; where data lies on this machine is nobody's business
-hide_paths = sed -i -e '' $(if $(DATA),-e 's|$(abspath $(DATA))|$(name)|g') $(if $(TEXTURES),-e 's|$(abspath $(TEXTURES))|$(notdir $(abspath $(TEXTURES)))|g')
+hide = $(if $(1),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g')
+hide_paths = sed -i -e '' $(call hide,$(DATA)) $(call hide,$(TILDA)) $(call hide,$(TEXTURES))
 
 .PHONY: test tables benchmark prepare clean
 
@@ -36,18 +39,21 @@ test: $(READY)
 
 papermill = $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file /dev/stdout
 
+define table
+out=results/notebooks/$(1)-$(call name,$(1))-$(PROFILE).ipynb; \
+$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call given,data,$(call data,$(1))) $(parameters) || failed="$$failed $(1)"; \
+$(BIN)/nbdev_clean --fname $$out; $(hide_paths) $$out;
+endef
+
 tables: $(READY)
-	@mkdir -p results/notebooks; failed=0; for t in $(TABLES); do \
-	  out=results/notebooks/$$t-$(name)-$(PROFILE).ipynb; \
-	  $(papermill) nbs/tables/$$t.ipynb $$out -f params/$(PROFILE).yml $(parameters) || failed=1; \
-	  $(BIN)/nbdev_clean --fname $$out; $(hide_paths) $$out; done; exit $$failed
+	@mkdir -p results/notebooks; failed=; $(foreach t,$(TABLES),$(call table,$(t))) test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 benchmark: $(READY)
 	@mkdir -p results/notebooks
-	$(papermill) nbs/23_benchmark.ipynb results/notebooks/benchmark-$(name).ipynb -p quick False -p results results/benchmark-$(name) \
+	$(papermill) nbs/23_benchmark.ipynb results/notebooks/benchmark-$(call name,).ipynb -p quick False -p results results/benchmark-$(call name,) \
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES))
-	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(name).ipynb
-	$(hide_paths) results/notebooks/benchmark-$(name).ipynb
+	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(call name,).ipynb
+	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
 
 prepare: $(READY)
 	$(BIN)/nbdev_clean

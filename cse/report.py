@@ -119,7 +119,7 @@ def published_means() -> pd.DataFrame: # One row a column of a table
     frame = pd.DataFrame(rows, columns=['table', 'method', 'printed', 'computed']).astype({'printed': float}).round(3)
     return frame.assign(agrees=(frame.printed - frame.computed).abs() <= 0.05 + 1e-6)
 
-# %% ../nbs/21_report.ipynb #acb9efba
+# %% ../nbs/21_report.ipynb #e4375030
 _RUNTIME = {f.name for f in Config.__dataclass_fields__.values() if f.metadata['runtime']}
 
 def _get(record, path):
@@ -127,13 +127,15 @@ def _get(record, path):
     return functools.reduce(lambda value, key: value.get(key) if isinstance(value, dict) else None, path.split('.'), record)
 
 def _column(record, paper):
-    "The column of a table to which a record belongs: as printed, or the method's key where the paper has none."
-    key = record['method']
+    "The column of a table to which a record belongs: as printed, or the method's key where the paper has none; then its form, where a method has several."
+    key = method = record['method']
     if paper.variant and key == (paper.variants_of or key): key += '/' + str(_get(record, paper.variant)).split('.')[0]
     names = {k: name for p in PUBLISHED.values() for name, k in p.columns.items()}
-    return next((name for name, k in paper.columns.items() if k == key), names.get(key, key))
+    fallback = names.get(key) or key.replace(f'{method}/', f'{names.get(method, method)} ', 1)
+    name = next((name for name, k in paper.columns.items() if k == key), fallback)
+    return f'{name}, {record["form"]}' if record.get('form') else name
 
-# %% ../nbs/21_report.ipynb #8b0c70e9
+# %% ../nbs/21_report.ipynb #37df9e7a
 def _same(records, path, where):
     "Refuse records that differ in a field."
     values = {json.dumps(_get(r, path), sort_keys=True): r for r in records}
@@ -152,7 +154,7 @@ def check_records(
     paper, needed = _paper(table), ('method', 'category', 'profile', 'config', 'seed', 'data', 'extractor', 'metrics')
     for r in records:
         if missing := [k for k in needed if k not in r]: raise ReportError(f'record {r.get("key", r)!r:.90}: lacks {", ".join(missing)}')
-    for path in ('data.name', 'data.published', 'profile', 'textures.name', 'textures.fingerprint', *(['device', 'threads'] if table == 3 else [])):
+    for path in ('data.name', 'data.published', 'profile', 'textures.name', 'textures.fingerprint', *(['device', 'threads', 'timing.repeats', 'timing.warmup', 'timing.batch'] if table == 3 else [])):
         _same(records, path, f'of table {table}')
     for category, some in _groups(records, lambda r: r['category']).items(): _same(some, 'data.fingerprint', f'on {category}')
     free = _RUNTIME | {'profile', 'weights'} | ({'extractor', 'layers'} if table == 3 else set())
@@ -163,7 +165,7 @@ def check_records(
     for (column, category, seed), some in _groups(records, lambda r: (_column(r, paper), r['category'], r['seed'])).items():
         if len(some) > 1: raise ReportError(f'{len(some)} records for {column} on {category} with seed {seed}: expected one')
 
-# %% ../nbs/21_report.ipynb #2f3ca4bc
+# %% ../nbs/21_report.ipynb #f47350a2
 def is_comparable(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -171,10 +173,14 @@ def is_comparable(
     "Are these runs on the images of the published table? Times from another machine never are."
     return table != 3 and all(_get(r, 'data.published') == _paper(table).data for r in records)
 
+_SPEED = {'latency (ms)': ('latency_ms', 'latency_low_ms', 'latency_high_ms'), 'FPS': ('fps',),
+          'file to score (ms)': ('file_latency_ms', 'file_latency_low_ms', 'file_latency_high_ms'), 'file to score (FPS)': ('file_fps',),
+          'memory (MB)': ('peak_memory_mb',), 'GPU memory (MB)': ('gpu_memory_mb',)}
+
 def _categories(records, table):
     "Columns of a comparison, and those over which the mean is formed."
     paper = [c for c in _paper(table).rows if c != 'mean']
-    if table == 3: return paper, []
+    if table == 3: return [c for c, keys in _SPEED.items() if c != 'GPU memory (MB)' or any(r['metrics'].get(keys[0]) for r in records)], []
     ours = {r['category'] for r in records}
     if is_comparable(records, table): return paper + sorted(ours - set(paper)), paper
     ours = [c for c in paper if c in ours] + sorted(ours - set(paper))
@@ -184,7 +190,9 @@ def _values(record, table):
     "What a record says: category → (value, low, high)."
     metrics = record['metrics']
     try:
-        if table == 3: return {'FPS': (float(metrics['fps']), None, None), 'latency (ms)': (float(metrics['latency_ms']), None, None)}
+        if table == 3:
+            said = metrics | dict(peak_memory_mb=record['peak_memory_mb'])
+            return {c: tuple([*(float(said[k]) for k in keys), None, None][:3]) for c, keys in _SPEED.items() if said[keys[0]] is not None}
         return {record['category']: tuple(100 * metrics[k] for k in ('auroc', 'auroc_low', 'auroc_high'))}
     except (KeyError, TypeError) as e:
         run = f'{record["method"]} on {record["category"]} with seed {record["seed"]}'
@@ -203,7 +211,7 @@ def _per_seed(records, table):
             found.setdefault((column, 'mean'), {})[seed] = mean_sd(found[column, c][seed][0] for c in averaged)[0], None, None
     return found
 
-# %% ../nbs/21_report.ipynb #7f2a193f
+# %% ../nbs/21_report.ipynb #3aeaace6
 def comparison(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -212,7 +220,9 @@ def comparison(
     check_records(records, table)
     paper, found, rows = _paper(table), _per_seed(records, table), []
     categories, averaged = _categories(records, table)
-    for method in [*paper.columns, *sorted({m for m, _ in found} - set(paper.columns))]:
+    ran = sorted({m for m, _ in found})
+    printed = [m for column in paper.columns for m in ([m for m in ran if m.startswith(f'{column}, ')] or [column])]
+    for method in [*printed, *(m for m in ran if m not in printed)]:
         for category in categories + ['mean'] * bool(averaged):
             known = is_comparable(records, table) and method in paper.columns and category in paper.rows
             published = float(published_frame(table).loc[method, category]) if known else None
@@ -224,7 +234,14 @@ def comparison(
     frame = pd.DataFrame(rows, columns=['method', 'category', 'published', 'ours', 'sd', 'seeds', 'low', 'high', 'difference'])
     return frame.astype({c: float for c in frame.columns[2:] if c != 'seeds'})
 
-# %% ../nbs/21_report.ipynb #42c65d7a
+# %% ../nbs/21_report.ipynb #028f3036
+def _speed_cell(row):
+    "One cell of Table 3: the limits, where a single run has some."
+    if not row.seeds: return 'not run'
+    if row.category.endswith('(MB)'): return f'{row.ours:.0f}'
+    spread = f' ± {row.sd:.1f}' if row.seeds > 1 else '' if math.isnan(row.low) else f' ({row.low:.1f}–{row.high:.1f})'
+    return f'{row.ours:.1f}{spread}'
+
 def _cell(row, started):
     "One cell of the printed table."
     number = lambda v: f'{v:.1f}'
@@ -241,29 +258,53 @@ def table_frame(
     "The printed form of `comparison`: '–' where the paper has no number for these images, 'not run' where we have none."
     frame = comparison(records, table)
     started = set(frame.method[frame.seeds > 0])
-    cells = [_cell(row, row.category == 'mean' and row.method in started) for row in frame.itertuples()]
+    cells = [_speed_cell(row) if table == 3 else _cell(row, row.category == 'mean' and row.method in started) for row in frame.itertuples()]
     wide = frame.assign(cell=cells).pivot(index='method', columns='category', values='cell')
     return wide.loc[frame.method.unique(), frame.category.unique()].rename_axis(columns=None)
 
-# %% ../nbs/21_report.ipynb #a548f230
+# %% ../nbs/21_report.ipynb #4139b6ca
 def _extractor(record):
     "An extractor with its weights in words."
     e = record['extractor']
     return f'{e.get("name")} (weights {e.get("tag") or e.get("weights")}, ' + (f'SHA-256 {e["sha256"][:12]}…)' if e.get('sha256') else 'no file hash)')
 
-def _deviations(record, paper):
-    "Settings of a run that are not those of its profile, the varied one aside."
+def _deviations(record, paper, without=()):
+    "Settings of a run that are not those of its profile, the varied one and some more aside."
     try: changed = differences(from_profile(record['profile']), Config.from_dict(record['config']))
     except ConfigError: return 'settings of its own'
     plain = lambda v: Path(v).name if isinstance(v, str) and '/' in v else v
-    return ', '.join(f'{k} = {plain(new)} instead of {old}' for k, (old, new) in changed.items() if k not in _RUNTIME and f'config.{k}' != paper.variant)
+    return ', '.join(f'{k} = {plain(new)} instead of {old}' for k, (old, new) in changed.items() if k not in _RUNTIME | set(without) and f'config.{k}' != paper.variant)
 
 def _each(records, paper, text):
     "What a function says about the records; by column where it differs."
     said = {column: '; '.join(sorted({text(r) for r in some})) for column, some in _groups(records, lambda r: _column(r, paper)).items()}
     return next(iter(said.values())) if len(set(said.values())) == 1 else '; '.join(f'{column}: {words or "none"}' for column, words in said.items())
 
-# %% ../nbs/21_report.ipynb #7745fa7e
+# %% ../nbs/21_report.ipynb #35e5b3eb
+def _speed_weights(record):
+    "Extractor of a timing; random weights without the tag of those it does not have."
+    return f'{record["extractor"]["name"].split(".")[0]} with **random weights**' if record['extractor']['weights'] == 'random' else _extractor(record)
+
+def _speed_input(record):
+    "What size of image a method was given."
+    timing = record['timing']
+    return f'{"×".join(map(str, timing["image"]))} pixels in its file and {"×".join(map(str, timing["input"]))} for the network'
+
+def _speed_facts(records, paper):
+    "What Table 3 rests on."
+    first, each = records[0], lambda text: _each(records, paper, text)
+    seeds, calls = sorted({r['seed'] for r in records}), sorted({len(r['timing'][k]) for r in records for k in ('model_ms', 'file_ms')})
+    return {'Machine': f'{first["device"]}, {first["threads"]} thread{"s" * (first["threads"] > 1)}',
+            'Extractor': each(_speed_weights) + '; nothing was trained, which does not change a time',
+            'Image': f'{first["category"]}/{first["images"][0]} of {first["data"]["name"]}, {each(_speed_input)}',
+            'Computed by': each(lambda r: r['extractor']['engine']),
+            'Measured': f'median (5th–95th percentile) of {" to ".join(map(str, dict.fromkeys((calls[0], calls[-1]))))} calls after {first["timing"]["warmup"]} that are not counted, '
+                        f'batch {first["timing"]["batch"]}, each method in a process of its own; *latency* from prepared tensor to score, *file to score* with reading and preparing',
+            "The paper's numbers": f'from {paper.data}, its rows in part from other machines; they are context, and no difference to them is formed',
+            'Profile': first['profile'], 'Changed settings': each(lambda r: _deviations(r, paper, {'extractor', 'weights', 'layers'})) or 'none',
+            'Processes a method': f'{len(seeds)} (seed {", ".join(map(str, seeds))})'}
+
+# %% ../nbs/21_report.ipynb #84a666e1
 def caption(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -275,8 +316,7 @@ def caption(
     if not records: return f'{head} No runs yet; the numbers are those of the paper, on {paper.data}.'
     first, times, textures = records[0], unique('time'), records[0].get('textures') or {}
     data = first['data']['name']
-    if table == 3: data += ', timed here and **not on the machine of the paper**, whose numbers are not compared'
-    elif not is_comparable(records, table): data += f', **not {paper.data}**: the numbers of the paper belong to other images and are not compared'
+    if not is_comparable(records, table): data += f', **not {paper.data}**: the numbers of the paper belong to other images and are not compared'
     images = f' ({textures["images"]} images)' if textures.get('images') else ''
     commits = ', '.join(c[:10] for c in unique('commit')) + (' with uncommitted changes' if any(r.get('dirty') for r in records) else '')
     days = sorted({t[:10] for t in times})
@@ -286,19 +326,21 @@ def caption(
     facts = {'Data': data, 'Extractor': _each(records, paper, _extractor), 'Profile': first['profile'],
              'Changed settings': _each(records, paper, lambda r: _deviations(r, paper)) or 'none',
              'Seeds': seeds,
-             'Textures': f'{textures.get("name", "none")}{images}', 'Runs': ' to '.join(dict.fromkeys((days[0], days[-1]))) if days else 'not dated',
-             'Device': ', '.join(unique('device')) or 'not recorded', 'Code': commits or 'no commit recorded'}
+             'Textures': f'{textures.get("name", "none")}{images}'} if table != 3 else _speed_facts(records, paper)
+    facts |= {'Runs': ' to '.join(dict.fromkeys((days[0], days[-1]))) if days else 'not dated'}
+    if table != 3: facts['Device'] = ', '.join(unique('device')) or 'not recorded'
+    facts['Code'] = commits or 'no commit recorded'
     if extras: facts['Mean'] = f'over the categories of the paper, without {", ".join(sorted(extras))}'
     return head + ' ' + ' '.join(f'{k}: {v}.' for k, v in facts.items())
 
-# %% ../nbs/21_report.ipynb #0f62d9b7
+# %% ../nbs/21_report.ipynb #a8d34497
 def plot(
     records: list, # Records of runs
     table: int, # Number of the table
 ) -> matplotlib.figure.Figure: # Closed for pyplot; the caller shows or saves it
     "Every run of a table, the means over seeds and, on the published data, the published numbers."
+    if table == 3: return _speed_plot(records)
     frame, found = comparison(records, table), _per_seed(records, table)
-    if table == 3: frame = frame[frame.category == 'latency (ms)']
     frame = frame[frame.ours.notna() | frame.published.notna()]
     categories, methods = list(frame.category.unique()), list(frame.method.unique())
     colours = dict(zip(methods, sns.color_palette('colorblind', len(methods))))
@@ -316,21 +358,17 @@ def plot(
         plt.close(fig)
     return fig
 
-# %% ../nbs/21_report.ipynb #d04d7454
+# %% ../nbs/21_report.ipynb #51847368
 def _finish(ax, frame, table, colours):
     "Axes, labels and legend of `plot`."
     categories = list(frame.category.unique())
     ax.set_xticks(range(len(categories)), categories)
     ax.set_xlim(-0.5, max(len(categories), 1) - 0.5)
     ax.grid(False, axis='x')
-    if table == 3:
-        ax.set(yscale='log', ylabel='latency (ms), logarithmic axis')
-        for which in ('major', 'minor'): getattr(ax.yaxis, f'set_{which}_formatter')('{x:g}')
-    else:
-        lowest = np.nanmin(frame[['published', 'ours', 'low']].to_numpy(float)) if len(frame) else 0
-        start = max(0, 5 * math.floor(min(lowest, 99) / 5 - 0.2))
-        ax.axhline(50, color='grey', linestyle=':', linewidth=1)
-        ax.set(ylim=(start, 100 + (100 - start) / 40), ylabel=f'image AUROC (%), axis starts at {start}')
+    lowest = np.nanmin(frame[['published', 'ours', 'low']].to_numpy(float)) if len(frame) else 0
+    start = max(0, 5 * math.floor(min(lowest, 99) / 5 - 0.2))
+    ax.axhline(50, color='grey', linestyle=':', linewidth=1)
+    ax.set(ylim=(start, 100 + (100 - start) / 40), ylabel=f'image AUROC (%), axis starts at {start}')
     mark = lambda label, **kw: matplotlib.lines.Line2D([], [], **{'color': 'black', 'linestyle': ''} | kw, label=label)
     signs = [mark(label, **kw) for shown, label, kw in (
         ((frame.seeds > 0).any(), 'one run', dict(marker='o', markersize=4, alpha=0.6)),
@@ -340,7 +378,33 @@ def _finish(ax, frame, table, colours):
     ax.legend(handles=[mark(m, marker='s', color=c) for m, c in colours.items()] + signs, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     sns.despine(ax=ax, left=True)
 
-# %% ../nbs/21_report.ipynb #e19d74d7
+# %% ../nbs/21_report.ipynb #fce236bb
+def _speed_plot(records):
+    "Time from tensor and from file to score, for each method that was measured."
+    frame, found = comparison(records, 3).query('seeds > 0'), _per_seed(records, 3)
+    methods, kinds = list(frame.method.unique())[::-1], ('latency (ms)', 'file to score (ms)')
+    with sns.axes_style('whitegrid'), sns.plotting_context('notebook', font_scale=0.8):
+        fig, ax = plt.subplots(figsize=(8, 1.2 + 0.55 * max(len(methods), 1)), dpi=80, layout='constrained')
+        for k, (kind, colour) in enumerate(zip(kinds, sns.color_palette('colorblind', 2))):
+            for y, method in enumerate(methods):
+                runs, right = [[math.nan if v is None else v for v in run] for run in found[method, kind].values()], 0
+                for i, (value, low, high) in enumerate(runs):
+                    at = y + 0.18 - 0.36 * k + 0.1 * (i - (len(runs) - 1) / 2) / len(runs)
+                    ax.plot([low, high], [at, at], color=colour, linewidth=2, alpha=0.6)
+                    ax.plot(value, at, 'os'[k], color=colour, markersize=5)
+                    right = np.nanmax([right, value, high])
+                ax.annotate(f'{np.mean([run[0] for run in runs]):.1f}', (right, y + 0.18 - 0.36 * k), (6, 0), textcoords='offset points', va='center', color=colour)
+            ax.plot([], [], marker='os'[k], color=colour, linewidth=2, markersize=5, label=('prepared tensor to score', 'image file to score')[k])
+        ax.set_yticks(range(len(methods)), methods)
+        ax.set(xlim=(0, None), ylim=(-0.6, max(len(methods), 1) - 0.4), xlabel='milliseconds an image; point: median, line: 5th to 95th percentile')
+        ax.margins(x=0.1)
+        ax.grid(False, axis='y')
+        ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+        sns.despine(ax=ax, left=True)
+        plt.close(fig)
+    return fig
+
+# %% ../nbs/21_report.ipynb #388076de
 def render(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -348,14 +412,15 @@ def render(
     "A table with all a reader needs to judge it."
     paper, comparable = _paper(table), is_comparable(records, table)
     parts = [caption(records, table), markdown(table_frame(records, table))]
+    where = 'on another data set:'
     if table != 3: parts.append('Cells: paper · ours ± standard deviation over seeds · difference (ours − paper).')
-    else: parts.append('Cells: paper · ours. The paper\'s times are in the table below; a difference between machines would say nothing about methods.')
-    where = 'from' if table == 3 else 'on another data set:'
+    else: where = 'not compared, since they come from another machine:'
+    if table == 3 and (frame := comparison(records, 3)).seeds.max() > 1: parts.append('Cells: mean over processes ± standard deviation.')
     if not comparable: parts += [f'*Published numbers, {where} {paper.data}. For reference only:*', markdown(published_frame(table))]
     parts += ['Notes on the published numbers: ' + ' '.join(paper.notes)] if paper.notes else []
     return Markdown('\n\n'.join(parts) + '\n')
 
-# %% ../nbs/21_report.ipynb #23c6f374
+# %% ../nbs/21_report.ipynb #975f04be
 def write_report(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -369,13 +434,14 @@ def write_report(
     records = sorted(records, key=lambda r: json.dumps(r, sort_keys=True))
     text, frame, figure = render(records, table), comparison(records, table), plot(records, table)
     about = dict(table=table, data=records[0]['data']['name'] if records else None, profile=records[0]['profile'] if records else None)
+    if table == 3: about |= {k: records[0][k] if records else None for k in ('device', 'threads')}
     with replacing(paths['md']) as file: file.write_text(f'{text}\n![Table {table} as a plot]({name}.svg)\n', encoding='utf-8')
     with replacing(paths['csv']) as file: frame.assign(**about)[[*about, *frame.columns]].round(4).to_csv(file, index=False, lineterminator='\n')
     with replacing(paths['svg']) as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}):
         figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
     return paths
 
-# %% ../nbs/21_report.ipynb #4aaf7c0a
+# %% ../nbs/21_report.ipynb #16b69b32
 def publish(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -383,6 +449,7 @@ def publish(
 ) -> Markdown: # The report, for display
     "Write a report, where results are kept, and return it."
     if results:
-        about = [f'table{table}', *([records[0]['data']['name'], records[0]['profile']] if records else [])]
-        write_report(records, table, Path(results)/'tables', '-'.join(about).lower().replace(' ', '-'))
+        where = _get(records[0], 'device' if table == 3 else 'data.name') if records else ''
+        about = [f'table{table}', *([where, records[0]['profile']] if records else [])]
+        write_report(records, table, Path(results)/'tables', '-'.join(''.join(c if c.isalnum() or c in '-_.' else ' ' for c in '-'.join(about).lower()).split()))
     return render(records, table)
