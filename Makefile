@@ -17,12 +17,16 @@ TEXTURES ?= $(DTD)
 data = $(if $(filter table2_tilda,$(1)),$(TILDA),$(DATA))
 name = $(if $(call data,$(1)),$(notdir $(patsubst %/,%,$(call data,$(1)))),built-in)
 given = $(if $(2),-p $(1) '$(2)')
-parameters = $(call given,textures,$(TEXTURES)) $(call given,extractor,$(EXTRACTOR)) $(call given,weights,$(WEIGHTS)) \
-  $(call given,categories,$(CATEGORIES)) $(call given,methods,$(METHODS)) $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE))
+# among several tables, Table 3 keeps its own extractor, weights and methods, and Table 2 its own categories
+unless = $(if $(and $(filter $(1),$(2)),$(filter-out $(1),$(TABLES))),,$(3))
+parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTURES)) \
+  $(call given,extractor,$(call unless,table3_speed,$(1),$(EXTRACTOR))) $(call given,weights,$(call unless,table3_speed,$(1),$(WEIGHTS))) \
+  $(call given,methods,$(call unless,table3_speed,$(1),$(METHODS))) $(call given,categories,$(call unless,table2_tilda,$(1),$(CATEGORIES))) \
+  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE))
 
 # an executed notebook keeps its parameters; where data lies on this machine is nobody's business
-hide = $(if $(1),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g')
-hide_paths = sed -i -e '' $(call hide,$(DATA)) $(call hide,$(TILDA)) $(call hide,$(TEXTURES))
+hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
+hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS),$(call hide,$(path)))
 
 .PHONY: test tables benchmark prepare clean
 
@@ -41,7 +45,7 @@ papermill = $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-lev
 
 define table
 out=results/notebooks/$(1)-$(call name,$(1))-$(PROFILE).ipynb; \
-$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call given,data,$(call data,$(1))) $(parameters) || failed="$$failed $(1)"; \
+$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call parameters,$(1)) || failed="$$failed $(1)"; \
 $(BIN)/nbdev_clean --fname $$out; $(hide_paths) $$out;
 endef
 
@@ -59,6 +63,7 @@ prepare: $(READY)
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --RegexRemovePreprocessor.patterns='^\s*#\|\s*hide' \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input --NbConvertApp.output_files_dir=nbs/images \
 	  --output-dir . --output README nbs/index.ipynb
 
 clean:

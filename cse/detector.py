@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #82cc1616
+# %% ../nbs/09_detector.ipynb #880fc591
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -41,12 +41,17 @@ class Detector:
         seed: int = 0, # Seed of everything random
     ):
         self.config, self.textures, self.seed = config or Config(), textures, seed
-        self.extractor = self.embedder = self._head = None
+        self.extractor = self._head = None
+        self._fitted = False
         self.history, self.best_epoch, self.clock = [], None, Stopwatch()
 
     def __repr__(self):
-        state = 'fitted' if self.embedder else 'not fitted'
+        state = 'fitted' if self._fitted else 'not fitted'
         return f'{type(self).__name__}(profile={self.config.profile!r}, extractor={self.config.extractor!r}, seed={self.seed}): {state}'
+
+    def _check(self, count):
+        "Refuse a number of images that cannot be trained on."
+        pair_splits(count, self.config, self.seed)
 
     def _textures(self):
         if self.textures is None: return builtin_textures(self.config.crop)
@@ -57,9 +62,8 @@ class Detector:
         progress: bool = True, # Show bars
     ): # Itself
         "Train on defect-free images and synthetic defects. Bad images, textures or weights raise before training starts."
-        config, images = self.config, Images(images, self.config)
-        pair_splits(len(images), config, self.seed)
-        if len(images) < config.clusters: raise DataError(f'{len(images)} images for clusters={config.clusters}; expected at least as many images as clusters')
+        config, images, self._fitted = self.config, Images(images, self.config), False
+        self._check(len(images))
         self.clock = clock = Stopwatch()
         with clock('textures'): defects = DefectGenerator(self._textures(), config.texture_channels, config.grey_textures)
         with clock('load'): self.extractor = FeatureExtractor.from_config(config)
@@ -68,7 +72,7 @@ class Detector:
             raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; those of {config.extractor} have strides {strides}')
         cache = FeatureCache(images, self.extractor, config, clock, progress)
         result = self._learn(cache, defects, clock, progress)
-        self.history, self.best_epoch, self._head = result.history, result.best_epoch, None
+        self.history, self.best_epoch, self._head, self._fitted = result.history, result.best_epoch, None, True
         return self
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps
@@ -76,9 +80,9 @@ class Detector:
         return Fused(self.extractor.model, self.head()).eval()
 
     def compile(self): # Itself
-        "Compile what follows the extractor too: takes a second or two once, and saves a millisecond an image where single images are scored."
+        "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored."
         side = self.config.crop
-        features = self.extractor(torch.zeros(1, 3, side, side))
+        features = self.extractor.compile()(torch.zeros(1, 3, side, side))
         self._head = compile_openvino(self.head(), features) if self.extractor.engine == 'openvino' else torch.compile(self.head())
         return self
 
@@ -93,7 +97,7 @@ class Detector:
         batch_size: int = 16, # Images that pass together
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
         "Anomaly scores (§3.5). An image that cannot be read scores NaN and is named in a warning; the others are scored."
-        if self.embedder is None: raise RuntimeError('this detector is not fitted; call fit(images) with defect-free images, or load a saved one')
+        if not self._fitted: raise RuntimeError('this detector is not fitted; call fit(images) with defect-free images')
         images, errors, scores, maps, start = Images(images, self.config), {}, None, None, 0
         with tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False) as bar:
             for batch in images.batches(batch_size, errors=errors):
@@ -113,10 +117,14 @@ class Detector:
             if maps is not None: maps[list(errors)] = np.nan
         return Scores(scores, maps, self.config.crop, images.paths)
 
-# %% ../nbs/09_detector.ipynb #06e86903
+# %% ../nbs/09_detector.ipynb #4982e91f
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
-    bank = None # Memory bank of the fitted detector
+    embedder = bank = None # Of a fitted detector
+
+    def _check(self, count):
+        super()._check(count)
+        if count < self.config.clusters: raise DataError(f'{count} images for clusters={self.config.clusters}; expected at least as many images as clusters')
 
     def _learn(self, cache, defects, clock, progress):
         result = train(cache, self.extractor, defects, self.config, self.seed, clock, progress)
@@ -135,7 +143,7 @@ class CSE(Detector):
         folder: str | Path, # Made if it is missing
     ) -> Path: # The folder
         "Write `model.safetensors` and `model.json`: tensors and settings, nothing executable. The extractor's weights are named, not copied."
-        if self.bank is None: raise RuntimeError('this detector is not fitted; there is nothing to save')
+        if not self._fitted: raise RuntimeError('this detector is not fitted; there is nothing to save')
         folder = Path(folder)
         tensors = {f'embedder.{k}': v.cpu().contiguous() for k, v in self.embedder.state_dict().items()} | {'prototypes': self.bank.prototypes.cpu().contiguous()}
         data = save_tensors(tensors)
@@ -165,6 +173,7 @@ class CSE(Detector):
         except RuntimeError as e: raise ModelError(f'{folder}/model.safetensors: does not fit model.json ({str(e).splitlines()[-1].strip()})') from e
         self.embedder.eval().to(self.extractor.device)
         self.bank.prototypes, self.history, self.best_epoch = prototypes.to(self.extractor.device), about['history'], about['best_epoch']
+        self._fitted = True
         return self
 
 # %% ../nbs/09_detector.ipynb #04850568

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
            'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'run_key', 'run', 'RecordError', 'read_record',
-           'load_records', 'GridError', 'grid', 'read_parameters', 'as_list', 'as_seeds', 'default_categories',
-           'run_table']
+           'load_records', 'GridError', 'grid', 'read_parameters', 'as_list', 'as_settings', 'as_seeds',
+           'default_categories', 'run_table']
 
 # %% ../nbs/20_experiments.ipynb #3197667b
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
@@ -22,7 +22,7 @@ from .detector import CSE
 from .classifier import ClassifierDetector
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
 
-# %% ../nbs/20_experiments.ipynb #d80d1adf
+# %% ../nbs/20_experiments.ipynb #e6910a7f
 METHODS = {'cse': CSE, 'classifier': ClassifierDetector}
 
 def make_method(
@@ -40,9 +40,9 @@ def variant(
     config: Config, # Every setting
 ) -> tuple[str, Config]: # A key of `METHODS`; the settings with that decoder
     "What a column of a table runs. Raises `ConfigError`."
-    method, _, decoder = name.partition('/')
-    if decoder and method != 'cse': raise ConfigError(f'method={name!r}: only cse has decoder modes')
-    if decoder: config = config.replace(decoder=decoder)
+    method, slash, decoder = name.partition('/')
+    if slash and method != 'cse': raise ConfigError(f'method={name!r}: only cse has decoder modes')
+    if slash: config = config.replace(decoder=decoder)
     make_method(method, config)
     return method, config
 
@@ -196,7 +196,7 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #5ff40db5
+# %% ../nbs/20_experiments.ipynb #8c0898d7
 class GridError(RuntimeError):
     "Some runs of a grid failed; the others are on record."
 
@@ -211,7 +211,8 @@ def grid(
 ) -> list: # Records, in the order of the grid
     "All combinations of methods, categories and seeds. Raises `GridError` at the end if some failed."
     if not (names and methods and seeds): raise ConfigError(f'nothing to run: categories {names}, methods {methods}, seeds {seeds}')
-    for method in methods: variant(method, config)
+    if len({digest([m, c.to_dict()]) for m, c in (variant(name, config) for name in methods)}) < len(methods):
+        raise ConfigError(f'methods={", ".join(methods)}: expected each once (cse is cse/{config.decoder})')
     if data:
         for name in names: load_category(data, name, config)
     todo = [(m, c, s) for c in names for m in methods for s in seeds]
@@ -241,7 +242,7 @@ def read_parameters(
     for name in found.keys() - set(known): raise ConfigError(f'{name}={found[name]!r}: no parameter of this notebook; expected one of {", ".join(known)}')
     return found
 
-# %% ../nbs/20_experiments.ipynb #ddebf5aa
+# %% ../nbs/20_experiments.ipynb #604ff62b
 def as_list(
     value, # A list, or text: JSON or separated by commas
     name: str, # How errors call it
@@ -252,6 +253,15 @@ def as_list(
     if not text.startswith('['): return [part.strip() for part in text.split(',') if part.strip()]
     try: return json.loads(text)
     except ValueError: raise ConfigError(f'{name}={value!r}: expected a list such as \'["wood", "tile"]\' or wood,tile') from None
+
+def as_settings(
+    value, # A dict, JSON text, or nothing
+) -> dict: # Settings
+    "Read the parameter `settings`."
+    try: found = json.loads(value) if isinstance(value, str) and value else value or {}
+    except ValueError: found = None
+    if not isinstance(found, dict): raise ConfigError(f'settings={value!r}: expected JSON such as \'{{"epochs": 5}}\'')
+    return found
 
 def as_seeds(
     value, # Number of seeds, or a list
@@ -264,7 +274,7 @@ def as_seeds(
     if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
     return found
 
-# %% ../nbs/20_experiments.ipynb #2171a9c0
+# %% ../nbs/20_experiments.ipynb #18a94d2b
 def default_categories(
     data: str | Path | None, # Folder of categories; None for the built-in surfaces
     table: int = 1, # Number of the table in the paper
@@ -291,10 +301,12 @@ def run_table(
     device: str = 'auto', # Where to compute
 ) -> list: # Records
     "The runs behind a table of the paper."
-    try: settings = json.loads(settings) if isinstance(settings, str) and settings else settings or {}
-    except ValueError: raise ConfigError(f'settings={settings!r}: expected JSON such as \'{{"epochs": 5}}\'') from None
-    chosen = dict(extractor=extractor, weights=weights)
-    config = from_profile(profile, device=device, **{k: v for k, v in chosen.items() if v} | settings)
+    given = {k: v for k, v in dict(extractor=extractor, weights=weights).items() if v}
+    config = from_profile(profile, device=device, **given | as_settings(settings))
     names = as_list(categories, 'categories') or default_categories(data, table, config)
-    results = results or tempfile.mkdtemp(prefix='cse-results-')
-    return grid(config, data or None, names, as_list(methods, 'methods'), as_seeds(seeds), textures=textures, table=table, results=results, force=force)
+    results, chosen = results or tempfile.mkdtemp(prefix='cse-results-'), as_list(methods, 'methods')
+    modes = [m for m in chosen if '/' in m]
+    if modes and table != 5: raise ConfigError(f'methods={", ".join(modes)}: decoder modes are the columns of Table 5, not of Table {table}')
+    if modes and 'decoder' in as_settings(settings): raise ConfigError(f'settings: decoder is what the columns {", ".join(modes)} differ in; expected it in one place')
+    if not data and 0 < len(set(names) & set(TEXTILES)) < len(names): raise ConfigError(f'categories={", ".join(names)}: expected surfaces or textiles, not both in one table')
+    return grid(config, data or None, names, chosen, as_seeds(seeds), textures=textures, table=table, results=results, force=force)

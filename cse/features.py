@@ -160,7 +160,7 @@ def pick_device(
         raise ConfigError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; 'cpu' works everywhere")
     return found
 
-# %% ../nbs/04_features.ipynb #e629b618
+# %% ../nbs/04_features.ipynb #8425120d
 class FeatureExtractor:
     "A frozen network from N×3×H×W images in [0, 1] to a list of feature maps, finest first (§3.2)."
     def __init__(self,
@@ -170,7 +170,6 @@ class FeatureExtractor:
         device: str = 'auto', # 'auto', 'cpu', 'cuda' or 'cuda:N'
         engine: str = 'auto', # 'torch', 'openvino' (CPU), or 'auto': OpenVINO on a CPU where it is exact
         precision: str = 'float32', # 'float32', or 'bfloat16', which is faster and differs in the second digit
-        compiled: bool = False, # Let torch.compile optimise the network (CUDA)
     ):
         model, self.origin = load_model(name, weights, layers)
         cfg = timm.data.resolve_model_data_config(model)
@@ -184,11 +183,16 @@ class FeatureExtractor:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.engine = 'torch' if engine == 'torch' or self.device.type != 'cpu' else 'openvino'
         if precision not in ('float32', 'bfloat16'): raise ConfigError(f"precision={precision!r}: expected 'float32' or 'bfloat16'")
-        self.precision, self._run = precision, torch.compile(self.model) if compiled else self.model
+        self.precision, self._run = precision, self.model
         self._exact, self._compiled, self.difference = engine == 'openvino', {}, None
 
     @classmethod
     def from_config(cls, config: Config): return cls(config.extractor, config.weights, config.layers, config.device, config.engine, config.precision)
+
+    def compile(self):
+        "Let `torch.compile` optimise the network, on the torch engine; OpenVINO has compiled it already."
+        if self.engine == 'torch': self._run = torch.compile(self.model)
+        return self
 
     @property
     def info(self) -> dict: return self.origin | dict(engine=self.engine, precision=self.precision, difference=self.difference, device=str(self.device))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from .config import ConfigError
 
-# %% ../nbs/06_losses.ipynb #76d198b2
+# %% ../nbs/06_losses.ipynb #cfe3b891
 def as_vectors(
     z: torch.Tensor, # N×C×H×W
     axis: str, # 'positions', 'columns' or 'channels'
@@ -18,7 +18,7 @@ def as_vectors(
     "An embedding as the set of vectors that the cosine compares."
     if axis == 'positions': return z.flatten(2)
     if axis == 'columns': return z.flatten(1, 2)
-    if axis == 'channels': return z.flatten(2).mT
+    if axis == 'channels': return z.flatten(2).transpose(1, 2)
     raise ConfigError(f"axis={axis!r}: expected 'positions', 'columns' or 'channels'")
 
 def similarity(

@@ -28,7 +28,7 @@ class Published:
     variants_of: str = '' # The method it belongs to; empty: all
     notes: tuple = () # Sentences about the numbers
 
-# %% ../nbs/21_report.ipynb #385a6412
+# %% ../nbs/21_report.ipynb #f3c3b71b
 PUBLISHED = {
     1: Published('MVTec AD surfaces (§4.2.1)', 'MVTec AD',
         {'CFA': 'cfa', 'PatchCore': 'patchcore', 'FastFlow': 'fastflow', 'RD++': 'rdpp', 'MixedTeacher': 'mixed_teacher', 'CSE': 'cse'},
@@ -52,7 +52,8 @@ PUBLISHED = {
          'tilda8': (45.8, 48.1, 84.5, 68.2),
          'mean': (71.3, 80.9, 80.4, 84.5)},
         notes=('The text says that CSE is best on 4 of 8 fabrics; in the table it is on 3 (tilda2, tilda5, tilda6).',
-               'TILDA has no official split, and the paper does not publish its own.')),
+               'TILDA has no official split, and the paper does not publish its own.',
+               'Nor does it say which fabric is tilda1 and so on; only the mean is free of that.')),
     3: Published('Inference speed (§4.3)', 'an RTX 3090 Ti, according to the text',
         {'PatchCore WRN50': 'patchcore/wide_resnet50_2', 'FastFlow WRN50': 'fastflow/wide_resnet50_2', 'RD WRN50': 'reverse_distillation/wide_resnet50_2',
          'RD ResNet18': 'reverse_distillation/resnet18', 'CSE EfficientNet-b3': 'cse/efficientnet_b3'},
@@ -119,8 +120,8 @@ def published_means() -> pd.DataFrame: # One row a column of a table
     frame = pd.DataFrame(rows, columns=['table', 'method', 'printed', 'computed']).astype({'printed': float}).round(3)
     return frame.assign(agrees=(frame.printed - frame.computed).abs() <= 0.05 + 1e-6)
 
-# %% ../nbs/21_report.ipynb #e4375030
-_RUNTIME = {f.name for f in Config.__dataclass_fields__.values() if f.metadata['runtime']}
+# %% ../nbs/21_report.ipynb #ff344306
+_RUNTIME, _SELECTS = ({f.name for f in Config.__dataclass_fields__.values() if f.metadata[k]} for k in ('runtime', 'selects'))
 
 def _get(record, path):
     "The value at a dotted path, None where there is none."
@@ -135,7 +136,7 @@ def _column(record, paper):
     name = next((name for name, k in paper.columns.items() if k == key), fallback)
     return f'{name}, {record["form"]}' if record.get('form') else name
 
-# %% ../nbs/21_report.ipynb #37df9e7a
+# %% ../nbs/21_report.ipynb #a0b0ecf5
 def _same(records, path, where):
     "Refuse records that differ in a field."
     values = {json.dumps(_get(r, path), sort_keys=True): r for r in records}
@@ -157,7 +158,7 @@ def check_records(
     for path in ('data.name', 'data.published', 'profile', 'textures.name', 'textures.fingerprint', *(['device', 'threads', 'timing.repeats', 'timing.warmup', 'timing.batch'] if table == 3 else [])):
         _same(records, path, f'of table {table}')
     for category, some in _groups(records, lambda r: r['category']).items(): _same(some, 'data.fingerprint', f'on {category}')
-    free = _RUNTIME | {'profile', 'weights'} | ({'extractor', 'layers'} if table == 3 else set())
+    free = _RUNTIME | (_SELECTS if paper.data != 'TILDA' else set()) | {'profile', 'weights'} | ({'extractor', 'layers'} if table == 3 else set())
     for method, some in _groups(records, lambda r: _column(r, paper) if table == 3 else r['method']).items():
         varied = {paper.variant} if paper.variants_of == method else set()
         settings = {f'config.{k}' for r in some for k in r['config'] if k not in free} - varied
@@ -262,7 +263,7 @@ def table_frame(
     wide = frame.assign(cell=cells).pivot(index='method', columns='category', values='cell')
     return wide.loc[frame.method.unique(), frame.category.unique()].rename_axis(columns=None)
 
-# %% ../nbs/21_report.ipynb #4139b6ca
+# %% ../nbs/21_report.ipynb #fd5aa7cc
 def _extractor(record):
     "An extractor with its weights in words."
     e = record['extractor']
@@ -277,7 +278,7 @@ def _deviations(record, paper, without=()):
 
 def _each(records, paper, text):
     "What a function says about the records; by column where it differs."
-    said = {column: '; '.join(sorted({text(r) for r in some})) for column, some in _groups(records, lambda r: _column(r, paper)).items()}
+    said = {column: '; '.join(sorted({text(r) for r in some} - {''})) for column, some in _groups(records, lambda r: _column(r, paper)).items()}
     return next(iter(said.values())) if len(set(said.values())) == 1 else '; '.join(f'{column}: {words or "none"}' for column, words in said.items())
 
 # %% ../nbs/21_report.ipynb #35e5b3eb
@@ -378,7 +379,7 @@ def _finish(ax, frame, table, colours):
     ax.legend(handles=[mark(m, marker='s', color=c) for m, c in colours.items()] + signs, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     sns.despine(ax=ax, left=True)
 
-# %% ../nbs/21_report.ipynb #fce236bb
+# %% ../nbs/21_report.ipynb #51043c01
 def _speed_plot(records):
     "Time from tensor and from file to score, for each method that was measured."
     frame, found = comparison(records, 3).query('seeds > 0'), _per_seed(records, 3)
@@ -396,15 +397,14 @@ def _speed_plot(records):
                 ax.annotate(f'{np.mean([run[0] for run in runs]):.1f}', (right, y + 0.18 - 0.36 * k), (6, 0), textcoords='offset points', va='center', color=colour)
             ax.plot([], [], marker='os'[k], color=colour, linewidth=2, markersize=5, label=('prepared tensor to score', 'image file to score')[k])
         ax.set_yticks(range(len(methods)), methods)
-        ax.set(xlim=(0, None), ylim=(-0.6, max(len(methods), 1) - 0.4), xlabel='milliseconds an image; point: median, line: 5th to 95th percentile')
-        ax.margins(x=0.1)
+        ax.set(xlim=(0, 1.12 * ax.dataLim.x1 if methods else 1), ylim=(-0.6, max(len(methods), 1) - 0.4), xlabel='milliseconds an image; point: median, line: 5th to 95th percentile')
         ax.grid(False, axis='y')
         ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         sns.despine(ax=ax, left=True)
         plt.close(fig)
     return fig
 
-# %% ../nbs/21_report.ipynb #388076de
+# %% ../nbs/21_report.ipynb #fbc459f6
 def render(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -415,7 +415,7 @@ def render(
     where = 'on another data set:'
     if table != 3: parts.append('Cells: paper · ours ± standard deviation over seeds · difference (ours − paper).')
     else: where = 'not compared, since they come from another machine:'
-    if table == 3 and (frame := comparison(records, 3)).seeds.max() > 1: parts.append('Cells: mean over processes ± standard deviation.')
+    if table == 3 and comparison(records, 3).seeds.max() > 1: parts.append('Cells: mean over processes ± standard deviation.')
     if not comparable: parts += [f'*Published numbers, {where} {paper.data}. For reference only:*', markdown(published_frame(table))]
     parts += ['Notes on the published numbers: ' + ' '.join(paper.notes)] if paper.notes else []
     return Markdown('\n\n'.join(parts) + '\n')

@@ -49,7 +49,11 @@ def test_nothing_changes_when_cleaned_and_exported(prepared, folder, ending):
 
 def test_readme_is_the_index_notebook(tmp_path):
     subprocess.run([BIN / 'jupyter', 'nbconvert', '--to', 'markdown', r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide',
+                    '--TagRemovePreprocessor.enabled=True', '--TagRemovePreprocessor.remove_input_tags=remove_input',
+                    '--NbConvertApp.output_files_dir=nbs/images',
                     '--output-dir', tmp_path, '--output', 'README', ROOT / 'nbs/index.ipynb'], check=True, capture_output=True)
+    pictures = [p.relative_to(tmp_path) for p in tmp_path.rglob('*.png')]
+    assert pictures and all((tmp_path / p).read_bytes() == (ROOT / p).read_bytes() for p in pictures)
     assert (tmp_path / 'README.md').read_text() == (ROOT / 'README.md').read_text(), 'out of step; run `make prepare`'
 
 

@@ -11,11 +11,12 @@ import pytest
 from cse.experiments import GridError, grid, load_records, run, run_table
 
 ROOT = Path(__file__).parent.parent
-TABLE1 = str(ROOT / 'nbs/tables/table1_mvtec.ipynb')
+TABLES = ROOT / 'nbs/tables'
+TABLE1 = TABLES / 'table1_mvtec.ipynb'
 
 
 def execute(notebook, out, **parameters):
-    return papermill.execute_notebook(notebook, str(out), parameters, kernel_name='python3', progress_bar=False)
+    return papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False)
 
 
 def texts(notebook):
@@ -44,9 +45,57 @@ def test_table1_from_a_folder(surface, textures, tmp_path):
     assert before == {p: p.read_bytes() for p in (results / 'tables').iterdir()}
 
 
-def test_unknown_parameters_are_refused(tmp_path):
+def test_tables_4_and_5_share_the_runs_of_cse(surface, textures, tmp_path):
+    parameters = dict(data=str(surface), textures=str(textures), categories='', settings={'epochs': 1}, results=str(tmp_path / 'results'))
+    shown = texts(execute(TABLES / 'table4_classifier.ipynb', tmp_path / 'out.ipynb', **parameters))
+    assert 'Classifier' in shown and '[2/2] cse gravel seed 0: AUROC' in shown
+    shown = texts(execute(TABLES / 'table5_decoder.ipynb', tmp_path / 'out.ipynb', **parameters))
+    assert '[4/4] cse/random gravel seed 0' in shown and 'on record' in shown
+    records = load_records(tmp_path / 'results')
+    assert sorted((r['method'], r['config']['decoder']) for r in records) == \
+        [('classifier', 'random')] + [('cse', mode) for mode in ('joint', 'none', 'pretrained', 'random')]
+    for mode in ('no decoder', 'trained before', 'trained together', 'random'):
+        assert mode in shown
+    assert 'not run' not in shown and {p.name[:6] for p in (tmp_path / 'results/tables').iterdir()} == {'table4', 'table5'}
+
+
+def test_table2_takes_a_release_of_tilda(textures, tmp_path):
+    from test_tilda import write_release
+    release = write_release(tmp_path / 'TILDA', 'C2R2', count=5, size=(96, 64))
+    records = run_table(2, str(release), str(textures), settings={'epochs': 1}, results=str(tmp_path / 'results'))
+    assert [(r['category'], r['data']['train'], r['data']['test_good'], r['data']['test_defective']) for r in records] == [('tilda3', 4, 1, 35)]
+    assert records[0]['images'][0].startswith('test/good/c2r2e0n') and records[0]['images'][1] == 'test/E1/c2r2e1n1.tif'
+    again = run_table(2, str(release), str(textures), settings={'epochs': 1, 'tilda_split_seed': 1}, results=str(tmp_path / 'results'))
+    assert again[0]['key'] != records[0]['key'], 'another split is another run'
+
+
+def test_built_in_textiles_are_no_surfaces_of_table_1():
+    from cse.experiments import default_categories, resolve_data
+    assert default_categories(None, 1) == ['carpet', 'grid', 'leather', 'tile', 'wood']
+    assert default_categories(None, 2) == [f'textile{i}' for i in range(1, 9)]
+    assert resolve_data(None, ['wood'])[1] != resolve_data(None, ['textile1'])[1]
+
+
+@pytest.mark.parametrize('name, message', [('classifier/none', 'only cse has decoder modes'), ('cse/frozen', 'decoder='), ('cse/', 'decoder='),
+                                           ('patchwork', "'classifier'"), ('cse/random', 'expected each once')])
+def test_columns_that_do_not_exist_are_refused_before_any_run(surface, tiny, tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        grid(tiny, surface, ['gravel'], ['cse', name], results=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('table, parameters, message', [
+    (1, dict(methods='cse/none'), 'columns of Table 5'), (5, dict(methods='cse/none', settings={'decoder': 'joint'}), 'expected it in one place'),
+    (1, dict(categories='wood,textile1'), 'not both in one table'), (1, dict(settings='[1]'), 'expected JSON')])
+def test_parameters_that_contradict_each_other_are_refused_before_any_run(tmp_path, table, parameters, message):
+    with pytest.raises(ValueError, match=message): run_table(table, results=str(tmp_path / 'results'), **parameters)
+    assert not (tmp_path / 'results').exists()
+
+
+@pytest.mark.parametrize('notebook', sorted(TABLES.glob('*.ipynb')), ids=lambda p: p.stem)
+def test_unknown_parameters_are_refused(tmp_path, notebook):
     with pytest.raises(papermill.PapermillExecutionError, match='epochs=3: no parameter of this notebook'):
-        execute(TABLE1, tmp_path / 'out.ipynb', epochs=3)
+        execute(notebook, tmp_path / 'out.ipynb', epochs=3)
 
 
 def test_parameters_files_are_known_to_the_notebooks():
