@@ -92,7 +92,7 @@ def load_model(
     return model.eval().requires_grad_(False), dict(name=name, weights=weights if weights in ('timm', 'packaged', 'random') else 'file', tag=tag,
                                                     sha256=_sha256(path) if path else None)
 
-# %% ../nbs/04_features.ipynb #ef1baccf
+# %% ../nbs/04_features.ipynb #bd98f569
 class EngineError(RuntimeError):
     "An engine that is missing, cannot convert a network, or computes something else."
 
@@ -116,7 +116,9 @@ def compile_openvino(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             network = ov.convert_model(model, example_input=tuple(examples), input=[[-1, *e.shape[1:]] for e in examples])
-        if key: _save_network(network, path)
+        if key: # what is read back computes bit by bit as on every later run, the converted network almost
+            _save_network(network, path)
+            network = core.read_model(path)
     compiled = core.compile_model(network, 'CPU', {'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[precision], 'PERFORMANCE_HINT': 'LATENCY',
                                                    'INFERENCE_NUM_THREADS': torch.get_num_threads()})
     request = compiled.create_infer_request()

@@ -72,6 +72,11 @@ def test_a_network_that_computes_something_else_is_refused(monkeypatch, own_cach
         FeatureExtractor(**LITE, engine='openvino')(IMAGES)
 
 
+def test_the_first_run_computes_what_later_runs_do(own_cache):
+    first, later = (FeatureExtractor(**LITE)(IMAGES) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, later))
+
+
 def test_a_damaged_compiled_network_is_written_again(own_cache, caplog):
     before = FeatureExtractor(**LITE)(IMAGES)
     (path,) = (cache_folder() / 'openvino').glob('*.xml')
