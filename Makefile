@@ -4,6 +4,7 @@
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
 # make clean     remove what the above made, results excepted
 SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -41,11 +42,12 @@ test: $(READY)
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers 2
 	timeout 1800 $(BIN)/python -m pytest -q tests
 
+# papermill opens its output anew, which would empty a file; hence the pipes
 papermill = $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file /dev/stdout
 
 define table
 out=results/notebooks/$(1)-$(call name,$(1))-$(PROFILE).ipynb; \
-$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call parameters,$(1)) || failed="$$failed $(1)"; \
+$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call parameters,$(1)) | cat || failed="$$failed $(1)"; \
 $(BIN)/nbdev_clean --fname $$out; $(hide_paths) $$out;
 endef
 
@@ -55,7 +57,7 @@ tables: $(READY)
 benchmark: $(READY)
 	@mkdir -p results/notebooks
 	$(papermill) nbs/23_benchmark.ipynb results/notebooks/benchmark-$(call name,).ipynb -p quick False -p results results/benchmark-$(call name,) \
-	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES))
+	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) | cat
 	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(call name,).ipynb
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
 
