@@ -81,7 +81,7 @@ class Bench:
         self.cache = FeatureCache(Images(self.category.train, self.config), self.extractor, self.config)
         self.defects = DefectGenerator(np.array(self.detector._textures()[:200]))
 
-# %% ../nbs/23_benchmark.ipynb #8c0206a3
+# %% ../nbs/23_benchmark.ipynb #dd50c83b
 def training_step(
     bench: Bench, # What is timed
     steps: int = 8, # Steps of the plain way
@@ -117,7 +117,7 @@ def training_step(
     difference = lambda losses: ((losses - expected).abs() / expected).max().item()
     return [row('training step of 8 pairs', 1000 * float(np.median(seconds)), 1000 * ours, 'ms', ('≥', 5)),
             row('largest relative difference of the loss of a step, same weights', 0, (d := difference(torch.tensor(same))), '', ('≤', 1e-4), d),
-            row(f'… when each trains on from its own, {steps} steps', 0, (d := difference(result.steps[:steps])), '', None, d)]
+            row(f'… when each trains on from its own, {len(same)} steps', 0, (d := difference(result.steps[:len(same)])), '', None, d)]
 
 # %% ../nbs/23_benchmark.ipynb #edbe0022
 def defect_batch(
