@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from cse import CSE, Config
 from cse.data import Images, seeded
-from cse.defects import DefectGenerator
+from cse.defects import KINDS, DefectGenerator
 from cse.features import FeatureCache, FeatureExtractor
 from cse.losses import as_vectors, contrastive_cosine_loss, reduce_loss
 from cse.model import Decoder, Embedder, freeze
@@ -97,7 +97,7 @@ def test_reduction_over_the_batch(parts):
 def test_batchnorm_after_the_first_epoch(parts):
     live, frozen = trained(parts, checkpoint='last'), trained(parts, checkpoint='last', embedder_batchnorm='frozen')
     one = trained(parts, checkpoint='last', embedder_batchnorm='frozen', epochs=1)
-    counts = [int(t.embedder.blocks[0][2].num_batches_tracked) for t in (live, frozen, one)]
+    counts = [int(t.network.blocks[0][2].num_batches_tracked) for t in (live, frozen, one)]
     assert counts[0] == 3 * counts[1] and counts[1] == counts[2] > 0
 
 
@@ -148,7 +148,12 @@ def test_channels_and_grey_of_textures():
     images = torch.zeros(1, 3, 224, 224)
     pasted = lambda **kw: DefectGenerator(texture, **kw)._texture(place, images)[0, :, 0, 0]
     assert torch.allclose(pasted(), torch.tensor([0.2, 0.5, 0.9])) and torch.allclose(pasted(channels='bgr'), torch.tensor([0.9, 0.5, 0.2]))
-    assert pasted(grey=True).unique().numel() == 1
+    def spread(grey):
+        corrupted, _, kinds = DefectGenerator(texture, grey=grey)(torch.zeros(24, 3, 224, 224), seeded(0))
+        textural = corrupted[kinds == KINDS.index('textural')]
+        assert textural.amax() > 0.1
+        return (textural.amax(1) - textural.amin(1)).amax().item()
+    assert spread(True) < 1e-6 < 0.1 < spread(False), 'grey after the augmentations too'
 
 
 def test_anomaly_map_is_the_released_code_s(parts):
