@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
-           'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'run_key', 'run', 'RecordError', 'read_record',
-           'load_records', 'GridError', 'grid', 'read_parameters', 'as_list', 'as_settings', 'as_seeds',
-           'default_categories', 'run_table']
+           'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'record_name', 'run_key', 'write_record', 'run',
+           'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters', 'as_list',
+           'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
 # %% ../nbs/20_experiments.ipynb #3197667b
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
@@ -96,8 +96,15 @@ def peak_memory() -> float: # Megabytes
     try: return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) / 1024
     except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 2**20)
 
-# %% ../nbs/20_experiments.ipynb #0cd6bf42
+# %% ../nbs/20_experiments.ipynb #f79355e6
 RECORD_SCHEMA = 1
+
+def record_name(
+    words: str, # What a reader should see
+    decides, # Everything that decides the outcome, as JSON can hold it
+) -> str: # File name of a record, without ending
+    "Readable words and a hash."
+    return ''.join(c if c.isalnum() or c in '-_.' else '_' for c in words) + f'-{digest(decides)}'
 
 def run_key(
     method: str, # Name of the method
@@ -110,9 +117,18 @@ def run_key(
     "Identity of a run."
     file = Path(config.weights)
     weights = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else config.weights
-    decides = digest([RECORD_SCHEMA, method, fingerprint(config.replace(weights=weights)), data['fingerprint'], textures['fingerprint'], category, seed])
-    words = f'{method}-{data["name"]}-{category}-{config.profile}-seed{seed}'
-    return ''.join(c if c.isalnum() or c in '-_.' else '_' for c in words) + f'-{decides}'
+    decides = [RECORD_SCHEMA, method, fingerprint(config.replace(weights=weights)), data['fingerprint'], textures['fingerprint'], category, seed]
+    return record_name(f'{method}-{data["name"]}-{category}-{config.profile}-seed{seed}', decides)
+
+def write_record(
+    path: str | Path, # Where it goes
+    record: dict, # What was found
+) -> dict: # The same with versions, state of the source, and time
+    "Write a record, complete or not at all."
+    revision, dirty = commit()
+    record |= dict(versions=versions(), commit=revision, dirty=dirty, time=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'))
+    with replacing(path) as temporary: temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
+    return record
 
 # %% ../nbs/20_experiments.ipynb #c79ea675
 def _measure(category, scores, config):
@@ -124,7 +140,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #876747b1
+# %% ../nbs/20_experiments.ipynb #b1be052b
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -161,20 +177,16 @@ def run(
     scored = time.perf_counter()
     if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
     metrics = _measure(found, scores, config)
-    revision, dirty = commit()
     origin = detector.extractor.origin
     if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
-    record = dict(
+    return write_record(path, dict(
         schema=RECORD_SCHEMA, key=key, table=table, method=method, category=category, profile=config.profile, config=config.to_dict(), seed=seed,
         data=about, textures=pasted, extractor=detector.extractor.info, images=[found.place(p) for p in found.test],
         labels=found.labels.tolist(), scores=[float(s) for s in scores.image], metrics=metrics,
         training=dict(epochs=len(detector.history), best_epoch=detector.best_epoch, history=detector.history),
         seconds={k: round(v, 3) for k, v in detector.clock.seconds.items()} | dict(fit=round(fitted - start, 3), score=round(scored - fitted, 3),
                                                                                      total=round(time.perf_counter() - start, 3)),
-        peak_memory_mb=round(peak_memory(), 1), device=processor(detector.extractor.device), threads=torch.get_num_threads(), versions=versions(), commit=revision, dirty=dirty,
-        time=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'))
-    with replacing(path) as temporary: temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
-    return record
+        peak_memory_mb=round(peak_memory(), 1), device=processor(detector.extractor.device), threads=torch.get_num_threads()))
 
 # %% ../nbs/20_experiments.ipynb #9e2d304c
 class RecordError(ValueError):
@@ -274,7 +286,7 @@ def as_seeds(
     if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
     return found
 
-# %% ../nbs/20_experiments.ipynb #18a94d2b
+# %% ../nbs/20_experiments.ipynb #0eb036f1
 def default_categories(
     data: str | Path | None, # Folder of categories; None for the built-in surfaces
     table: int = 1, # Number of the table in the paper
@@ -304,9 +316,10 @@ def run_table(
     given = {k: v for k, v in dict(extractor=extractor, weights=weights).items() if v}
     config = from_profile(profile, device=device, **given | as_settings(settings))
     names = as_list(categories, 'categories') or default_categories(data, table, config)
-    results, chosen = results or tempfile.mkdtemp(prefix='cse-results-'), as_list(methods, 'methods')
+    chosen = as_list(methods, 'methods')
     modes = [m for m in chosen if '/' in m]
     if modes and table != 5: raise ConfigError(f'methods={", ".join(modes)}: decoder modes are the columns of Table 5, not of Table {table}')
     if modes and 'decoder' in as_settings(settings): raise ConfigError(f'settings: decoder is what the columns {", ".join(modes)} differ in; expected it in one place')
     if not data and 0 < len(set(names) & set(TEXTILES)) < len(names): raise ConfigError(f'categories={", ".join(names)}: expected surfaces or textiles, not both in one table')
+    results = results or tempfile.mkdtemp(prefix='cse-results-')
     return grid(config, data or None, names, chosen, as_seeds(seeds), textures=textures, table=table, results=results, force=force)

@@ -6,21 +6,20 @@
 __all__ = ['TIMED', 'Scorer', 'untrained', 'cse_as_trained', 'cse_fused', 'bare_extractor', 'choose', 'measure', 'SpeedError',
            'measure_apart', 'summary', 'timed_image', 'time_method', 'run_speed']
 
-# %% ../nbs/24_speed.ipynb #2725fe66
+# %% ../nbs/24_speed.ipynb #5083b628
 import json, math, os, platform, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np, torch
-from .config import Config, ConfigError, digest, from_profile
-from .data import Images, files_fingerprint, image_files, load_category, read_image, replacing, seeded
+from .config import Config, ConfigError, from_profile
+from .data import Images, files_fingerprint, image_files, load_category, read_image, seeded
 from .features import FeatureExtractor, pick_device
 from .training import make_embedder
 from .scoring import MemoryBank
 from .detector import CSE
-from .experiments import (RECORD_SCHEMA, GridError, as_list, as_seeds, commit, default_categories, peak_memory, processor, read_record, reset_peak_memory,
-                             as_settings, resolve_data, run_key, versions)
+from .experiments import (RECORD_SCHEMA, GridError, as_list, as_seeds, as_settings, default_categories, peak_memory, processor, read_record, record_name,
+                             reset_peak_memory, resolve_data, run_key, versions, write_record)
 from .benchmark import times
 
 # %% ../nbs/24_speed.ipynb #be1096f3
@@ -166,7 +165,7 @@ def timed_image(
     root, name = resolve_data(data, [category])
     return load_category(root, category).test[0], name, category
 
-# %% ../nbs/24_speed.ipynb #d5dee64a
+# %% ../nbs/24_speed.ipynb #acaa306d
 def time_method(
     method: str, # A name of `TIMED`
     config: Config, # Every setting
@@ -181,27 +180,23 @@ def time_method(
     (file, name, category), threads, device = image, torch.get_num_threads(), processor(pick_device(config.device))
     data = dict(name=name, published=None, fingerprint=files_fingerprint([file], Path(file).parent), train=0, test_good=0, test_defective=0)
     textures, timing = dict(name='none', fingerprint='none', images=None), dict(batch=1, repeats=repeats, warmup=warmup)
-    decides = digest([run_key(method, config, data, textures, category, seed), device, platform.node(), threads, config.engine, timing, versions()])
-    words = f'speed-{method}-{config.extractor}-{device}-{threads}threads-seed{seed}'
-    key = ''.join(c if c.isalnum() or c in '-_.' else '_' for c in words) + f'-{decides}'
+    decides = [run_key(method, config, data, textures, category, seed), device, platform.node(), threads, config.engine, timing, versions()]
+    key = record_name(f'speed-{method}-{config.extractor}-{device}-{threads}threads-seed{seed}', decides)
     path = Path(results)/'records'/f'{key}.json'
     if path.exists() and not force: return read_record(path)
     start = time.perf_counter()
     found = measure_apart(method, config, threads, file=str(file), seed=seed, repeats=repeats, warmup=warmup)
     if not math.isfinite(found['score']): raise SpeedError(f'{method}: scores {found["score"]}, so it does not compute what it should')
-    revision, dirty = commit()
     extractor = found['extractor']
     if extractor['weights'] == 'file': config = config.replace(weights=extractor['tag']) # its name, not where it lies here
     height, width = read_image(file).shape[1:]
-    record = dict(
+    return write_record(path, dict(
         schema=RECORD_SCHEMA, key=key, table=3, method=method.split('/')[0], form=found['form'], category=category, profile=config.profile, config=config.to_dict(), seed=seed,
         data=data, textures=textures, extractor=extractor, images=[Path(file).name], labels=[], scores=[found['score']],
         metrics=summary(found['times']['model']) | summary(found['times']['file'], 'file_') | dict(gpu_memory_mb=found['gpu_memory_mb']),
         timing=timing | dict(image=[width, height], input=found['size'][::-1], model_ms=np.round(found['times']['model'], 4).tolist(), file_ms=np.round(found['times']['file'], 4).tolist()),
         seconds=dict(build=round(found['build'], 3), total=round(time.perf_counter() - start, 3)), peak_memory_mb=round(found['memory_mb'], 1),
-        device=device, threads=threads, versions=versions(), commit=revision, dirty=dirty, time=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'))
-    with replacing(path) as temporary: temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
-    return record
+        device=device, threads=threads))
 
 # %% ../nbs/24_speed.ipynb #a1153844
 def _line(record, took):
