@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_meth
            'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters', 'as_list',
            'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
-# %% ../nbs/20_experiments.ipynb #3197667b
+# %% ../nbs/20_experiments.ipynb #c76a2861
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,10 +20,11 @@ from .data import DataError, Images, categories, category_fingerprint, files_fin
 from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from .detector import CSE
 from .classifier import ClassifierDetector
+from .peers.anomalib import PEERS
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
 
-# %% ../nbs/20_experiments.ipynb #e6910a7f
-METHODS = {'cse': CSE, 'classifier': ClassifierDetector}
+# %% ../nbs/20_experiments.ipynb #56229e35
+METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | PEERS
 
 def make_method(
     name: str, # A key of `METHODS`
@@ -38,13 +39,12 @@ def make_method(
 def variant(
     name: str, # A key of `METHODS`, or 'cse/' and a decoder mode
     config: Config, # Every setting
-) -> tuple[str, Config]: # A key of `METHODS`; the settings with that decoder
+) -> tuple[str, Config]: # A key of `METHODS`; the settings with that decoder, or with what a peer brings along
     "What a column of a table runs. Raises `ConfigError`."
-    method, slash, decoder = name.partition('/')
+    method, slash, decoder = (name, '', '') if name in METHODS else name.partition('/')
     if slash and method != 'cse': raise ConfigError(f'method={name!r}: only cse has decoder modes')
     if slash: config = config.replace(decoder=decoder)
-    make_method(method, config)
-    return method, config
+    return method, make_method(method, config).config
 
 # %% ../nbs/20_experiments.ipynb #d140af8e
 BUILTIN, BUILTIN_TEXTILES = 'built-in surfaces', 'built-in textiles'
@@ -57,11 +57,11 @@ def resolve_data(
     if not data: return builtin_surfaces(names), BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
     return Path(data), Path(data).resolve().name
 
-# %% ../nbs/20_experiments.ipynb #b1dd984f
+# %% ../nbs/20_experiments.ipynb #34e36f8d
 @functools.cache
 def versions() -> dict: # Package → version
     "Versions that can change a number."
-    packages = 'torch', 'torchvision', 'timm', 'openvino', 'scikit-learn', 'numpy', 'pillow'
+    packages = 'torch', 'torchvision', 'timm', 'openvino', 'scikit-learn', 'numpy', 'pillow', 'anomalib'
     return {'cse': _version('cse'), 'python': platform.python_version()} | {p: _version(p) for p in packages}
 
 def _version(package):
@@ -140,7 +140,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #b1be052b
+# %% ../nbs/20_experiments.ipynb #fa7de7bb
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -181,7 +181,7 @@ def run(
     if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
     return write_record(path, dict(
         schema=RECORD_SCHEMA, key=key, table=table, method=method, category=category, profile=config.profile, config=config.to_dict(), seed=seed,
-        data=about, textures=pasted, extractor=detector.extractor.info, images=[found.place(p) for p in found.test],
+        data=about, textures=pasted, extractor=detector.extractor.info, parameters=getattr(detector, 'about', {}), images=[found.place(p) for p in found.test],
         labels=found.labels.tolist(), scores=[float(s) for s in scores.image], metrics=metrics,
         training=dict(epochs=len(detector.history), best_epoch=detector.best_epoch, history=detector.history),
         seconds={k: round(v, 3) for k, v in detector.clock.seconds.items()} | dict(fit=round(fitted - start, 3), score=round(scored - fitted, 3),
@@ -286,7 +286,7 @@ def as_seeds(
     if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
     return found
 
-# %% ../nbs/20_experiments.ipynb #0eb036f1
+# %% ../nbs/20_experiments.ipynb #488bae1b
 def default_categories(
     data: str | Path | None, # Folder of categories; None for the built-in surfaces
     table: int = 1, # Number of the table in the paper
@@ -317,7 +317,7 @@ def run_table(
     config = from_profile(profile, device=device, **given | as_settings(settings))
     names = as_list(categories, 'categories') or default_categories(data, table, config)
     chosen = as_list(methods, 'methods')
-    modes = [m for m in chosen if '/' in m]
+    modes = [m for m in chosen if '/' in m and m not in METHODS]
     if modes and table != 5: raise ConfigError(f'methods={", ".join(modes)}: decoder modes are the columns of Table 5, not of Table {table}')
     if modes and 'decoder' in as_settings(settings): raise ConfigError(f'settings: decoder is what the columns {", ".join(modes)} differ in; expected it in one place')
     if not data and 0 < len(set(names) & set(TEXTILES)) < len(names): raise ConfigError(f'categories={", ".join(names)}: expected surfaces or textiles, not both in one table')

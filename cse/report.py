@@ -263,7 +263,7 @@ def table_frame(
     wide = frame.assign(cell=cells).pivot(index='method', columns='category', values='cell')
     return wide.loc[frame.method.unique(), frame.category.unique()].rename_axis(columns=None)
 
-# %% ../nbs/21_report.ipynb #fd5aa7cc
+# %% ../nbs/21_report.ipynb #10795ef3
 def _extractor(record):
     "An extractor with its weights in words."
     e = record['extractor']
@@ -275,6 +275,11 @@ def _deviations(record, paper, without=()):
     except ConfigError: return 'settings of its own'
     plain = lambda v: Path(v).name if isinstance(v, str) and '/' in v else v
     return ', '.join(f'{k} = {plain(new)} instead of {old}' for k, (old, new) in changed.items() if k not in _RUNTIME | set(without) and f'config.{k}' != paper.variant)
+
+def _budget(record):
+    "Words for a training that is shorter than the published one of its method."
+    published, epochs = _get(record, 'parameters.published_epochs') or 0, _get(record, 'config.epochs') or 0
+    return f'{epochs} of {published} epochs' if epochs < published else ''
 
 def _each(records, paper, text):
     "What a function says about the records; by column where it differs."
@@ -305,7 +310,7 @@ def _speed_facts(records, paper):
             'Profile': first['profile'], 'Changed settings': each(lambda r: _deviations(r, paper, {'extractor', 'weights', 'layers'})) or 'none',
             'Processes a method': f'{len(seeds)} (seed {", ".join(map(str, seeds))})'}
 
-# %% ../nbs/21_report.ipynb #84a666e1
+# %% ../nbs/21_report.ipynb #35725e12
 def caption(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -328,6 +333,7 @@ def caption(
              'Changed settings': _each(records, paper, lambda r: _deviations(r, paper)) or 'none',
              'Seeds': seeds,
              'Textures': f'{textures.get("name", "none")}{images}'} if table != 3 else _speed_facts(records, paper)
+    if shorter := '; '.join(sorted({f'{_column(r, paper)} {_budget(r)}' for r in records if _budget(r)})): facts['Shortened trainings'] = shorter
     facts |= {'Runs': ' to '.join(dict.fromkeys((days[0], days[-1]))) if days else 'not dated'}
     if table != 3: facts['Device'] = ', '.join(unique('device')) or 'not recorded'
     facts['Code'] = commits or 'no commit recorded'

@@ -1,0 +1,166 @@
+"The competitors from anomalib: one face, no test data in fitting, settings in the record, and a clear word where something cannot be had."
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cse.config import Config, ConfigError, fingerprint
+from cse.data import load_category
+from cse.experiments import METHODS, grid, make_method, run, variant
+from cse.peers.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
+
+SAME = ('patchcore', 'padim', 'cfa', 'fastflow')
+SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch')
+
+
+@pytest.fixture(scope='module')
+def anomalib():
+    return pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[peers]'")
+
+
+@pytest.fixture(scope='module')
+def images(surface):
+    return load_category(surface, 'gravel')
+
+
+@pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
+def test_a_method_on_the_extractor_of_the_run(anomalib, images, tiny, name, capfd):
+    method = PEERS[name](tiny).fit(images.train, progress=False)
+    scores = method.score(images.test)
+    assert method.extractor.info['name'] == 'tf_efficientnet_lite0' and method.config.layers == (3, 4)
+    assert np.isfinite(scores.image).all() and scores.image.std() > 0
+    assert scores.map.shape == (6, 224, 224) and np.isfinite(scores.map).all()
+    assert len(method.history) == {'cfa': 2, 'fastflow': 2}.get(name, 0)
+    assert method.best_epoch == (1 if method.history else None)
+    assert capfd.readouterr() == ('', ''), 'output of others gets through'
+
+
+@pytest.mark.parametrize('name', [*SAME, 'reverse_distillation'])
+def test_the_same_seed_gives_the_same_scores(anomalib, images, name):
+    config = Config.smoke(**SMALL, crop=128, resize=128)
+    torch.manual_seed(1)
+    first, state = PEERS[name](config, seed=3).fit(images.train, progress=False).score(images.test), torch.get_rng_state()
+    torch.manual_seed(2)
+    again = PEERS[name](config.replace(workers=1), seed=3).fit(images.train, progress=False).score(images.test)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.map, again.map)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), 'global generators are left as they were'
+
+
+def test_scores_are_those_of_anomalib_on_images(anomalib, images):
+    "The slot changes nothing: PatchCore with an extractor of anomalib's own and the same weights scores alike."
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+    peer = PatchCore(Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
+    model = PatchcoreModel(['layer2', 'layer3'], 'resnet18', pre_trained=False, num_neighbors=1)
+    own = peer.extractor.model.model.state_dict()
+    assert not model.feature_extractor.feature_extractor.load_state_dict(own, strict=False).missing_keys
+    model.memory_bank = peer.network.model.memory_bank
+    from cse.data import Images
+    batch = torch.stack(list(Images(images.test, peer.config)))
+    with torch.no_grad():
+        expected = model.eval()((batch - peer.extractor.model.mean) / peer.extractor.model.std)
+    found = peer.score(images.test)
+    assert np.allclose(found.image, expected.pred_score.numpy(), rtol=1e-3)
+    assert np.allclose(found.map, expected.anomaly_map[:, 0].numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_chosen_patches_are_those_of_anomalib(anomalib):
+    from unittest.mock import patch
+    from anomalib.models.components import KCenterGreedy
+    from cse.peers.anomalib import _update_distances, global_seed, quiet
+    def chosen():
+        with global_seed(7), quiet():
+            return KCenterGreedy(torch.rand(400, 30, generator=torch.Generator().manual_seed(0)), 0.2).select_coreset_idxs()
+    expected = chosen()
+    with patch.object(KCenterGreedy, 'update_distances', _update_distances):
+        assert chosen() == expected
+
+
+def test_original_forms_have_the_settings_of_their_papers(anomalib):
+    settings = lambda name: make_method(name, Config()).config
+    assert settings('patchcore/original').layers == (2, 3) and settings('patchcore/original').extractor == 'wide_resnet50_2.tv_in1k'
+    assert settings('padim/original').extractor == 'resnet18.tv_in1k' and settings('padim/original').crop == 224
+    cfa, flow, rd = settings('cfa/original'), settings('fastflow/original'), settings('reverse_distillation/resnet18')
+    assert (cfa.epochs, cfa.batch_size, cfa.lr, cfa.weight_decay) == (30, 4, 1e-3, 5e-4)
+    assert (flow.epochs, flow.batch_size, flow.crop) == (500, 32, 256)
+    assert (rd.epochs, rd.batch_size, rd.lr, rd.crop, rd.layers, rd.extractor) == (200, 16, 5e-3, 256, (1, 2, 3), 'resnet18.tv_in1k')
+
+
+def test_settings_that_were_changed_win_over_those_of_the_method(anomalib):
+    assert FastFlow(Config.smoke(epochs=3, lr=1e-2)).config.replace(profile='paper').lr == 1e-2
+    assert FastFlow(Config.smoke(epochs=3)).config.epochs == 3 and FastFlow(Config.smoke()).config.epochs == 10
+    given = CFA(Config(extractor='wide_resnet50_2', weights='some.safetensors'), original='wide_resnet50_2.tv_in1k').config
+    assert (given.extractor, given.weights) == ('wide_resnet50_2', 'some.safetensors')
+    assert CFA(Config.smoke(), original='wide_resnet50_2.tv_in1k').config.weights == 'timm', 'the packaged weights belong to another network'
+    for name in PEERS.keys() - {'reverse_distillation'}:
+        settled = make_method(name, Config()).config
+        assert make_method(name, settled).config == settled
+
+
+def test_reverse_distillation_says_why_it_cannot_take_an_extractor(anomalib, tiny, surface, tmp_path):
+    with pytest.raises(ConfigError, match='mirror the blocks of a ResNet'):
+        grid(tiny, surface, ['gravel'], ['mean_distance', 'reverse_distillation'], results=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir()), 'refused before any run'
+
+
+def test_reverse_distillation_on_a_resnet(anomalib, images):
+    method = make_method('reverse_distillation', Config.smoke(**SMALL)).fit(images.train, progress=False)
+    assert method.config.layers == (1, 2, 3) and len(method.history) == 1
+    assert np.isfinite(method.score(images.test).image).all()
+
+
+def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
+    config = Config.smoke(epochs=1)
+    record = run(config, surface, 'gravel', 'fastflow', results=tmp_path)
+    assert (record['method'], record['config']['batch_size'], record['config']['lr'], record['config']['epochs']) == ('fastflow', 32, 1e-3, 1)
+    assert record['parameters'] == dict(flow_steps=8, conv3x3_only=False, hidden_ratio=1.0, published_epochs=500) and record['versions']['anomalib']
+    assert len(record['training']['history']) == 1 and record['metrics']['pixel_auroc'] is not None
+    assert run(config, surface, 'gravel', 'fastflow', results=tmp_path) == record, 'a finished run is read'
+    padim = run(config, surface, 'gravel', 'padim', results=tmp_path)
+    assert padim['training'] == dict(epochs=0, best_epoch=None, history=[])
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_test_images_have_no_part_in_fitting(anomalib, images, tiny):
+    "anomalib validates on test images by default; a method that never sees them scores the same however many there are."
+    method = FastFlow(tiny).fit(images.train, progress=False)
+    whole = method.score(images.test).image
+    assert np.allclose(whole[:2], method.score(images.test[:2]).image, rtol=1e-4)
+
+
+def test_a_diverged_training_is_no_result(anomalib, images):
+    from cse.training import TrainingError
+    with pytest.raises(TrainingError, match='a smaller lr may help'):
+        FastFlow(Config.smoke(epochs=30, lr=1e6)).fit(images.train, progress=False)
+
+
+def test_without_anomalib_all_else_works(monkeypatch, images, tiny):
+    monkeypatch.setitem(sys.modules, 'anomalib', None)
+    with pytest.raises(ConfigError, match=r"pip install 'cse\[peers\]'"):
+        variant('patchcore', tiny)
+    assert variant('cse', tiny)[1] == tiny
+    assert np.isfinite(MeanDistance(tiny).fit(images.train, progress=False).score(images.test).image).all()
+
+
+def test_nothing_is_loaded_before_it_is_needed():
+    code = "import sys, cse, cse.experiments; assert 'patchcore' in cse.experiments.METHODS; print({'anomalib', 'lightning'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
+
+
+def test_names_stay_those_of_the_published_tables():
+    assert {'cfa', 'patchcore', 'fastflow', 'padim', 'reverse_distillation'} <= METHODS.keys()
+    assert fingerprint(variant('mean_distance', Config())[1]) == fingerprint(Config())
+
+
+@pytest.mark.parametrize('name', ['patchcore', 'padim', 'cfa', 'fastflow', 'mean_distance'])
+def test_the_whole_method_is_one_network(anomalib, images, name):
+    "Speed is measured on it."
+    method = PEERS[name](Config.smoke(**SMALL)).fit(images.train, progress=False)
+    from cse.data import Images
+    with torch.no_grad():
+        scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
+    found = method.score(images.test[:2])
+    assert np.allclose(scores, found.image, rtol=1e-4) and np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)
