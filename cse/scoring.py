@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MemoryBank', 'Head', 'enlarge_maps', 'Scores']
 
-# %% ../nbs/08_scoring.ipynb #b48ab1a1
+# %% ../nbs/08_scoring.ipynb #e967873f
+import math
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from .data import DataError, seed_for
 from .model import Embedder, FoldedEmbedder
 from .losses import as_vectors
 
-# %% ../nbs/08_scoring.ipynb #6a69aa51
+# %% ../nbs/08_scoring.ipynb #21081458
 class MemoryBank:
     "k-means prototypes of defect-free embeddings, and distances to them (§3.5)."
     def __init__(self,
@@ -36,8 +37,10 @@ class MemoryBank:
 
     @prototypes.setter
     def prototypes(self, values):
-        self._prototypes = values
-        self._matrix = self._unit(values).T / as_vectors(values, self.axis).shape[1]
+        unit, self._prototypes = self._unit(values), values
+        self._origin = unit.mean(0, keepdim=True)
+        self._matrix = (unit - self._origin).T
+        self._squared = self._matrix.square().sum(0) / 2
 
     @classmethod
     def from_config(cls, config: Config): return cls(config.clusters, config.prototype, config.score_axis, config.cluster_reduction)
@@ -58,13 +61,16 @@ class MemoryBank:
         self.prototypes = centres.view(-1, *z.shape[1:]).to(z)
         return self
 
-    def _unit(self, z): return F.normalize(as_vectors(z, self.axis), dim=2).flatten(1)
+    def _unit(self, z):
+        vectors = as_vectors(z, self.axis)
+        return F.normalize(vectors, dim=2).flatten(1) / math.sqrt(vectors.shape[1])
 
     def distances(self,
         z: torch.Tensor, # N×C×H×W embeddings
     ) -> torch.Tensor: # N×k values of 1 − Sim, in [0, 2]
-        "Cosine distance to every prototype."
-        return 1 - self._unit(z) @ self._matrix
+        "Cosine distance to every prototype, as half the squared distance of unit vectors."
+        shifted = self._unit(z) - self._origin
+        return (shifted.square().sum(1, keepdim=True) / 2 + self._squared - shifted @ self._matrix).clamp(min=0)
 
     def score(self,
         z: torch.Tensor, # N×C×H×W embeddings
