@@ -8,7 +8,7 @@ __all__ = ['IMAGE_SUFFIXES', 'MVTEC_COUNTS', 'TILDA_COUNTS', 'DataError', 'read_
            'load_category', 'read_masks', 'files_fingerprint', 'category_fingerprint', 'published_name', 'cache_folder',
            'replacing', 'texture_images', 'Stopwatch']
 
-# %% ../nbs/01_data.ipynb #ba46e9fa
+# %% ../nbs/01_data.ipynb #c0646ddf
 import functools, hashlib, os, re, struct, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from .config import TILDA_FABRICS, Config
 
 # %% ../nbs/01_data.ipynb #8da52373
@@ -85,14 +86,19 @@ def image_files(
     if not files: raise DataError(f'{folder}: holds no images; expected files with {", ".join(IMAGE_SUFFIXES)}')
     return files
 
-# %% ../nbs/01_data.ipynb #c5c05352
+# %% ../nbs/01_data.ipynb #aebed4fc
 def as_image(
-    value, # 3×H×W or 1×H×W tensor, float in [0, 1] or uint8; or a PIL image
+    value, # 3×H×W or 1×H×W tensor, or H×W×3, H×W×1 or H×W array, of uint8, uint16 or floats in [0, 1]; or a PIL image
     name: str = 'image', # How errors call it
 ) -> torch.Tensor: # 3×H×W float32 in [0, 1]
     "Check one image in memory and bring it to the form of `read_image`. Raises `DataError`."
-    if isinstance(value, Image.Image): value = torch.from_numpy(_to_rgb(value, name).copy()).permute(2, 0, 1)
-    if not isinstance(value, torch.Tensor): raise DataError(f'{name}: is a {type(value).__name__}; expected a tensor of shape 3×H×W')
+    if isinstance(value, Image.Image): value = _to_rgb(value, name)
+    if isinstance(value, np.ndarray):
+        if value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,)): raise DataError(f'{name}: is an array of shape {value.shape}; expected H×W×3, H×W×1 or H×W')
+        if value.dtype not in (np.uint8, np.uint16, np.float32, np.float64): raise DataError(f'{name}: has type {value.dtype}; expected uint8, uint16 or floats in [0, 1]')
+        value = value if value.dtype == np.uint8 else value.astype(np.float32) / (65535 if value.dtype == np.uint16 else 1)
+        value = torch.from_numpy(np.array(value.reshape(*value.shape[:2], -1))).permute(2, 0, 1)
+    if not isinstance(value, torch.Tensor): raise DataError(f'{name}: is a {type(value).__name__}; expected a tensor of shape 3×H×W, an array of shape H×W×3 or a PIL image')
     if value.ndim != 3 or value.shape[0] not in (1, 3): raise DataError(f'{name}: has shape {tuple(value.shape)}; expected 3×H×W or 1×H×W')
     if value.dtype == torch.uint8: value = value.float() / 255
     if not value.is_floating_point(): raise DataError(f'{name}: has type {value.dtype}; expected floats in [0, 1] or uint8')
@@ -101,19 +107,21 @@ def as_image(
     if low < 0 or high > 1: raise DataError(f'{name}: holds values from {low:.3g} to {high:.3g}; expected [0, 1]')
     return value.float().expand(3, -1, -1)
 
-# %% ../nbs/01_data.ipynb #b8a75163
+# %% ../nbs/01_data.ipynb #82fbe15e
 class Images:
-    "Prepared images from a folder, paths, a tensor or a `Dataset`: a sequence of 3×crop×crop tensors."
+    "Prepared images from a folder, paths, images in memory or a `Dataset`: a sequence of 3×crop×crop tensors."
     def __init__(self,
-        source, # A folder, an image file, a list of files, an N×3×H×W tensor, or a Dataset of images or of (image, …)
+        source, # A folder, an image file, a list of files, an N×3×H×W tensor, arrays or PIL images, or a Dataset of images or of (image, …); of a DataLoader its data set, in its order
         config: Config, # How the images are prepared
     ):
         self.config, self.paths = config, None
         if isinstance(source, (str, Path)): source = [source] if Path(source).is_file() else image_files(source)
+        if isinstance(source, DataLoader): source = source.dataset
+        if isinstance(source, Image.Image) or isinstance(source, np.ndarray) and (source.ndim < 3 or source.ndim == 3 and source.shape[2] <= 4): source = [source]
         if isinstance(source, torch.Tensor) and source.ndim != 4: raise DataError(f'tensor: has shape {tuple(source.shape)}; expected N×3×H×W')
         if isinstance(source, (list, tuple)) and all(isinstance(p, (str, Path)) for p in source): self.paths = [str(p) for p in source]
         if not hasattr(source, '__len__') or not hasattr(source, '__getitem__'):
-            raise DataError(f'images: got a {type(source).__name__}; expected a folder, a list of files, an N×3×H×W tensor or a Dataset')
+            raise DataError(f'images: got a {type(source).__name__}; expected a folder, a list of files, an N×3×H×W tensor, arrays, PIL images or a Dataset')
         if len(source) == 0: raise DataError('images: got none; expected at least one')
         self.source = source
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
-           'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'record_name', 'run_key', 'write_record', 'run',
-           'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters', 'as_list',
-           'as_settings', 'as_seeds', 'default_categories', 'run_table']
+           'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'latency', 'record_name', 'run_key',
+           'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters',
+           'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
 # %% ../nbs/20_experiments.ipynb #c76a2861
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
@@ -96,6 +96,20 @@ def peak_memory() -> float: # Megabytes
     try: return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]) / 1024
     except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 2**20)
 
+# %% ../nbs/20_experiments.ipynb #ac65e396
+def latency(
+    detector, # Fitted
+    image: torch.Tensor, # 1×3×H×W in [0, 1]
+    repeats: int = 20, # Calls that are counted, after three that are not
+) -> dict: # Milliseconds: median, and 5th and 95th percentile as low and high
+    "Time of one image from tensor to score."
+    image, found = image.to(detector.extractor.device), []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        float(detector._scored(image)[0])
+        found.append(1000 * (time.perf_counter() - start))
+    return dict(zip(('low', 'median', 'high'), np.percentile(found[3:], [5, 50, 95]).round(3).tolist()), repeats=repeats)
+
 # %% ../nbs/20_experiments.ipynb #f79355e6
 RECORD_SCHEMA = 1
 
@@ -140,7 +154,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #fa7de7bb
+# %% ../nbs/20_experiments.ipynb #548fc697
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -176,7 +190,7 @@ def run(
     scores = detector.score(found.test)
     scored = time.perf_counter()
     if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
-    metrics = _measure(found, scores, config)
+    metrics, peak = _measure(found, scores, config), peak_memory()
     origin = detector.extractor.origin
     if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
     return write_record(path, dict(
@@ -186,7 +200,7 @@ def run(
         training=dict(epochs=len(detector.history), best_epoch=detector.best_epoch, history=detector.history),
         seconds={k: round(v, 3) for k, v in detector.clock.seconds.items()} | dict(fit=round(fitted - start, 3), score=round(scored - fitted, 3),
                                                                                      total=round(time.perf_counter() - start, 3)),
-        peak_memory_mb=round(peak_memory(), 1), device=processor(detector.extractor.device), threads=torch.get_num_threads()))
+        peak_memory_mb=round(peak, 1), latency_ms=latency(detector, Images(found.test[:1], config)[0][None]), device=processor(detector.extractor.device), threads=torch.get_num_threads()))
 
 # %% ../nbs/20_experiments.ipynb #9e2d304c
 class RecordError(ValueError):
@@ -254,7 +268,7 @@ def read_parameters(
     for name in found.keys() - set(known): raise ConfigError(f'{name}={found[name]!r}: no parameter of this notebook; expected one of {", ".join(known)}')
     return found
 
-# %% ../nbs/20_experiments.ipynb #604ff62b
+# %% ../nbs/20_experiments.ipynb #aed540ac
 def as_list(
     value, # A list, or text: JSON or separated by commas
     name: str, # How errors call it
@@ -265,6 +279,15 @@ def as_list(
     if not text.startswith('['): return [part.strip() for part in text.split(',') if part.strip()]
     try: return json.loads(text)
     except ValueError: raise ConfigError(f'{name}={value!r}: expected a list such as \'["wood", "tile"]\' or wood,tile') from None
+
+def as_methods(
+    value, # A list, or text; 'all' for every column that a table can have
+    table: int, # Number of the table in the paper
+) -> list: # Names of methods
+    "Read the parameter `methods`. 'all' means the columns of Tables 4 and 5, elsewhere CSE and every competitor on the extractor of the run."
+    names = as_list(value, 'methods')
+    if names != ['all']: return names
+    return {4: ['classifier', 'cse'], 5: [f'cse/{mode}' for mode in Config.__dataclass_fields__['decoder'].metadata['choices']]}.get(table) or [m for m in METHODS if '/' not in m and m != 'classifier']
 
 def as_settings(
     value, # A dict, JSON text, or nothing
@@ -286,7 +309,7 @@ def as_seeds(
     if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
     return found
 
-# %% ../nbs/20_experiments.ipynb #488bae1b
+# %% ../nbs/20_experiments.ipynb #f89e3534
 def default_categories(
     data: str | Path | None, # Folder of categories; None for the built-in surfaces
     table: int = 1, # Number of the table in the paper
@@ -306,7 +329,7 @@ def run_table(
     weights: str = '', # Other weights than the profile's
     settings: dict = None, # Other settings than the profile's
     categories: list | str = '', # Categories; empty for those of the table, or all there are
-    methods: list | str = 'cse', # Methods, or 'cse/' and a decoder mode
+    methods: list | str = 'cse', # Methods, or 'cse/' and a decoder mode, or 'all'
     seeds: int | list | str = 1, # Number of seeds, or a list
     results: str = '', # Folder of results; empty for a temporary one
     force: bool = False, # Run again what is on record
@@ -316,7 +339,7 @@ def run_table(
     given = {k: v for k, v in dict(extractor=extractor, weights=weights).items() if v}
     config = from_profile(profile, device=device, **given | as_settings(settings))
     names = as_list(categories, 'categories') or default_categories(data, table, config)
-    chosen = as_list(methods, 'methods')
+    chosen = as_methods(methods, table)
     modes = [m for m in chosen if '/' in m and m not in METHODS]
     if modes and table != 5: raise ConfigError(f'methods={", ".join(modes)}: decoder modes are the columns of Table 5, not of Table {table}')
     if modes and 'decoder' in as_settings(settings): raise ConfigError(f'settings: decoder is what the columns {", ".join(modes)} differ in; expected it in one place')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'Markdown', 'markdown', 'published_frame', 'ReportError', 'published_means', 'check_records',
-           'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'render', 'write_report', 'publish']
+           'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'plot_latency', 'render', 'write_report',
+           'publish']
 
 # %% ../nbs/21_report.ipynb #ff56c903
 import functools, json, math
@@ -120,7 +121,7 @@ def published_means() -> pd.DataFrame: # One row a column of a table
     frame = pd.DataFrame(rows, columns=['table', 'method', 'printed', 'computed']).astype({'printed': float}).round(3)
     return frame.assign(agrees=(frame.printed - frame.computed).abs() <= 0.05 + 1e-6)
 
-# %% ../nbs/21_report.ipynb #ff344306
+# %% ../nbs/21_report.ipynb #e1dd7b9e
 _RUNTIME, _SELECTS = ({f.name for f in Config.__dataclass_fields__.values() if f.metadata[k]} for k in ('runtime', 'selects'))
 
 def _get(record, path):
@@ -129,10 +130,11 @@ def _get(record, path):
 
 def _column(record, paper):
     "The column of a table to which a record belongs: as printed, or the method's key where the paper has none; then its form, where a method has several."
-    key = method = record['method']
+    key = record['method']
     if paper.variant and key == (paper.variants_of or key): key += '/' + str(_get(record, paper.variant)).split('.')[0]
-    names = {k: name for p in PUBLISHED.values() for name, k in p.columns.items()}
-    fallback = names.get(key) or key.replace(f'{method}/', f'{names.get(method, method)} ', 1)
+    names = {'mean_distance': 'mean distance'} | {k: name for p in PUBLISHED.values() for name, k in p.columns.items()}
+    base, _, rest = key.partition('/')
+    fallback = names.get(key) or f'{names.get(base, base)} {rest}'.strip()
     name = next((name for name, k in paper.columns.items() if k == key), fallback)
     return f'{name}, {record["form"]}' if record.get('form') else name
 
@@ -286,7 +288,7 @@ def _each(records, paper, text):
     said = {column: '; '.join(sorted({text(r) for r in some} - {''})) for column, some in _groups(records, lambda r: _column(r, paper)).items()}
     return next(iter(said.values())) if len(set(said.values())) == 1 else '; '.join(f'{column}: {words or "none"}' for column, words in said.items())
 
-# %% ../nbs/21_report.ipynb #35e5b3eb
+# %% ../nbs/21_report.ipynb #8c4d16b8
 def _speed_weights(record):
     "Extractor of a timing; random weights without the tag of those it does not have."
     return f'{record["extractor"]["name"].split(".")[0]} with **random weights**' if record['extractor']['weights'] == 'random' else _extractor(record)
@@ -307,7 +309,7 @@ def _speed_facts(records, paper):
             'Measured': f'median (5th–95th percentile) of {" to ".join(map(str, dict.fromkeys((calls[0], calls[-1]))))} calls after {first["timing"]["warmup"]} that are not counted, '
                         f'batch {first["timing"]["batch"]}, each method in a process of its own; *latency* from prepared tensor to score, *file to score* with reading and preparing',
             "The paper's numbers": f'from {paper.data}, its rows in part from other machines; they are context, and no difference to them is formed',
-            'Profile': first['profile'], 'Changed settings': each(lambda r: _deviations(r, paper, {'extractor', 'weights', 'layers'})) or 'none',
+            'Profile': first['profile'], 'Changed settings': each(lambda r: _deviations(r, paper, {'extractor', 'weights', 'layers', 'epochs', 'batch_size', 'lr', 'weight_decay'})) or 'none',
             'Processes a method': f'{len(seeds)} (seed {", ".join(map(str, seeds))})'}
 
 # %% ../nbs/21_report.ipynb #35725e12
@@ -410,6 +412,34 @@ def _speed_plot(records):
         plt.close(fig)
     return fig
 
+# %% ../nbs/21_report.ipynb #86352db8
+def plot_latency(
+    records: list, # Records of runs
+    table: int, # Number of the table
+) -> matplotlib.figure.Figure | None: # Closed for pyplot; None where fewer than two methods can be shown
+    "Mean AUROC against milliseconds an image, one point a method."
+    means = comparison(records, table).query('category == "mean" and seeds > 0')
+    points = []
+    for row in means.itertuples():
+        some = [r for r in records if _column(r, _paper(table)) == row.method]
+        times = sorted(filter(None, (_get(r, 'latency_ms.median') for r in some)))
+        if len(times) == len(some): points.append((row.method, float(np.median(times)), times[0], times[-1], row.ours, row.sd))
+    if len(points) < 2: return None
+    threads = '–'.join(map(str, sorted({r.get('threads', '?') for r in records}, key=str)))
+    with sns.axes_style('whitegrid'), sns.plotting_context('notebook', font_scale=0.8):
+        fig, ax = plt.subplots(figsize=(8, 3.6), dpi=80, layout='constrained')
+        for (method, ms, low, high, auroc, sd), colour in zip(points, sns.color_palette('colorblind', len(points))):
+            ax.errorbar(ms, auroc, 0 if math.isnan(sd) else sd, [[ms - low], [high - ms]], 'o', color=colour, markersize=6, elinewidth=1)
+            ax.annotate(method, (ms, auroc), (6, 4), textcoords='offset points', color=colour)
+        ax.set_xscale('log')
+        ax.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter('{x:g}'))
+        ax.xaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 1)))
+        ax.set(xlabel=f'milliseconds an image, from tensor to score ({threads} thread{"s" * (threads != "1")}), logarithmic', ylabel='mean image AUROC (%)')
+        ax.margins(0.15)
+        sns.despine(ax=ax)
+        plt.close(fig)
+    return fig
+
 # %% ../nbs/21_report.ipynb #fbc459f6
 def render(
     records: list, # Records of runs
@@ -426,7 +456,7 @@ def render(
     parts += ['Notes on the published numbers: ' + ' '.join(paper.notes)] if paper.notes else []
     return Markdown('\n\n'.join(parts) + '\n')
 
-# %% ../nbs/21_report.ipynb #975f04be
+# %% ../nbs/21_report.ipynb #848e19fc
 def write_report(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -438,13 +468,16 @@ def write_report(
     if Path(name).name != name: raise ReportError(f'name={name!r}: expected a file name without folder')
     paths = {ending: Path(folder)/f'{name}.{ending}' for ending in ('md', 'csv', 'svg')}
     records = sorted(records, key=lambda r: json.dumps(r, sort_keys=True))
-    text, frame, figure = render(records, table), comparison(records, table), plot(records, table)
+    text, frame = render(records, table), comparison(records, table)
+    figures = {name: (f'Table {table} as a plot', plot(records, table))}
+    if table != 3 and (costs := plot_latency(records, table)): figures[f'{name}-latency'] = ('AUROC and time of each method', costs)
     about = dict(table=table, data=records[0]['data']['name'] if records else None, profile=records[0]['profile'] if records else None)
     if table == 3: about |= {k: records[0][k] if records else None for k in ('device', 'threads')}
-    with replacing(paths['md']) as file: file.write_text(f'{text}\n![Table {table} as a plot]({name}.svg)\n', encoding='utf-8')
+    with replacing(paths['md']) as file: file.write_text('\n'.join([text, *(f'![{words}]({file_name}.svg)\n' for file_name, (words, _) in figures.items())]), encoding='utf-8')
     with replacing(paths['csv']) as file: frame.assign(**about)[[*about, *frame.columns]].round(4).to_csv(file, index=False, lineterminator='\n')
-    with replacing(paths['svg']) as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}):
-        figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
+    for file_name, (_, figure) in figures.items():
+        with replacing(Path(folder)/f'{file_name}.svg') as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}):
+            figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
     return paths
 
 # %% ../nbs/21_report.ipynb #16b69b32
