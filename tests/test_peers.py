@@ -12,7 +12,7 @@ from cse.data import load_category
 from cse.experiments import METHODS, grid, make_method, run, variant
 from cse.peers.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
 
-SAME = ('patchcore', 'padim', 'cfa', 'fastflow')
+SAME = ('patchcore', 'padim', 'cfa', 'fastflow', 'reverse_distillation')
 SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch')
 
 
@@ -33,14 +33,14 @@ def test_a_method_on_the_extractor_of_the_run(anomalib, images, tiny, name, capf
     assert method.extractor.info['name'] == 'tf_efficientnet_lite0' and method.config.layers == (3, 4)
     assert np.isfinite(scores.image).all() and scores.image.std() > 0
     assert scores.map.shape == (6, 224, 224) and np.isfinite(scores.map).all()
-    assert len(method.history) == {'cfa': 2, 'fastflow': 2}.get(name, 0)
+    assert len(method.history) == (2 if name in ('cfa', 'fastflow', 'reverse_distillation') else 0)
     assert method.best_epoch == (1 if method.history else None)
     assert capfd.readouterr() == ('', ''), 'output of others gets through'
 
 
-@pytest.mark.parametrize('name', [*SAME, 'reverse_distillation'])
+@pytest.mark.parametrize('name', SAME)
 def test_the_same_seed_gives_the_same_scores(anomalib, images, name):
-    config = Config.smoke(**SMALL, crop=128, resize=128)
+    config = Config.smoke(**SMALL, layers=(2, 3), crop=128, resize=128)
     torch.manual_seed(1)
     first, state = PEERS[name](config, seed=3).fit(images.train, progress=False).score(images.test), torch.get_rng_state()
     torch.manual_seed(2)
@@ -95,21 +95,37 @@ def test_settings_that_were_changed_win_over_those_of_the_method(anomalib):
     given = CFA(Config(extractor='wide_resnet50_2', weights='some.safetensors'), original='wide_resnet50_2.tv_in1k').config
     assert (given.extractor, given.weights) == ('wide_resnet50_2', 'some.safetensors')
     assert CFA(Config.smoke(), original='wide_resnet50_2.tv_in1k').config.weights == 'timm', 'the packaged weights belong to another network'
-    for name in PEERS.keys() - {'reverse_distillation'}:
+    for name in PEERS:
         settled = make_method(name, Config()).config
         assert make_method(name, settled).config == settled
 
 
-def test_reverse_distillation_says_why_it_cannot_take_an_extractor(anomalib, tiny, surface, tmp_path):
-    with pytest.raises(ConfigError, match='mirror the blocks of a ResNet'):
-        grid(tiny, surface, ['gravel'], ['mean_distance', 'reverse_distillation'], results=tmp_path, progress=False)
-    assert not list(tmp_path.iterdir()), 'refused before any run'
-
-
-def test_reverse_distillation_on_a_resnet(anomalib, images):
-    method = make_method('reverse_distillation', Config.smoke(**SMALL)).fit(images.train, progress=False)
-    assert method.config.layers == (1, 2, 3) and len(method.history) == 1
+@pytest.mark.parametrize('layers, decoder', [((1, 2, 3), 'mirrored ResNet'), ((2, 3), 'fitted to the features')])
+def test_reverse_distillation_on_a_resnet(anomalib, images, layers, decoder):
+    method = make_method('reverse_distillation', Config.smoke(**SMALL, layers=layers, resize=128, crop=128)).fit(images.train, progress=False)
+    assert method.config.layers == layers and method.about['decoder'] == decoder and len(method.history) == 1
+    assert type(method.network.model.bottleneck).__name__ == ('OCBE' if layers == (1, 2, 3) else 'FittedBottleneck')
     assert np.isfinite(method.score(images.test).image).all()
+
+
+@pytest.mark.parametrize('shapes', [[(8, 7, 7)], [(4, 28, 28), (6, 14, 14), (8, 7, 7)], [(4, 25, 25), (4, 13, 13), (6, 13, 13), (8, 6, 6)]])
+def test_fitted_bottleneck_and_decoder_return_to_the_shapes(anomalib, shapes):
+    from cse.peers.anomalib import FittedBottleneck, FittedDecoder
+    squeezed = FittedBottleneck(shapes)([torch.randn(2, *s) for s in shapes])
+    assert squeezed.shape == (2, 16, -(-shapes[-1][1] // 2), -(-shapes[-1][2] // 2))
+    restored = FittedDecoder(shapes)(squeezed)
+    assert [tuple(r.shape[1:]) for r in restored] == shapes and all((r < 0).any() for r in restored)
+
+
+def test_reverse_distillation_refuses_maps_too_small_for_a_bottleneck(anomalib, images):
+    with pytest.raises(ConfigError, match='2×2 positions.*at least 3×3'):
+        make_method('reverse_distillation', Config.smoke(**SMALL, resize=64, crop=64)).fit(images.train, progress=False)
+
+
+def test_a_grid_of_both_forms(anomalib, surface, tmp_path):
+    small = Config.smoke(**SMALL, layers=(2, 3), resize=128, crop=128)
+    records = grid(small, surface, ['gravel'], ['mean_distance', 'reverse_distillation'], results=tmp_path, progress=False)
+    assert [r['parameters'].get('decoder') for r in records] == [None, 'fitted to the features']
 
 
 def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
@@ -146,7 +162,7 @@ def test_without_anomalib_all_else_works(monkeypatch, images, tiny):
 
 
 def test_nothing_is_loaded_before_it_is_needed():
-    code = "import sys, cse, cse.experiments; assert 'patchcore' in cse.experiments.METHODS; print({'anomalib', 'lightning'} & set(sys.modules))"
+    code = "import sys, cse, cse.experiments; assert 'patchcore' in cse.experiments.METHODS; print({'anomalib', 'lightning', 'geomloss', 'opensimplex'} & set(sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
 
 
@@ -155,10 +171,10 @@ def test_names_stay_those_of_the_published_tables():
     assert fingerprint(variant('mean_distance', Config())[1]) == fingerprint(Config())
 
 
-@pytest.mark.parametrize('name', ['patchcore', 'padim', 'cfa', 'fastflow', 'mean_distance'])
+@pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
 def test_the_whole_method_is_one_network(anomalib, images, name):
     "Speed is measured on it."
-    method = PEERS[name](Config.smoke(**SMALL)).fit(images.train, progress=False)
+    method = PEERS[name](Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
     from cse.data import Images
     with torch.no_grad():
         scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))

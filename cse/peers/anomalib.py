@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PLAIN', 'RESNETS', 'PEERS', 'FeatureDetector', 'Distance', 'MeanDistance', 'Features', 'Slot', 'PeerHead',
            'FullScores', 'Batches', 'engine_fit', 'quiet', 'global_seed', 'Peer', 'PatchCore', 'PaDiM', 'CFA',
-           'FastFlow', 'ReverseDistillation']
+           'FastFlow', 'FittedBottleneck', 'FittedDecoder', 'mirrors_resnet', 'bottleneck_and_decoder',
+           'ReverseDistillation']
 
-# %% ../../nbs/12_peers.anomalib.ipynb #84e47aa7
+# %% ../../nbs/12_peers.anomalib.ipynb #ff2508c2
 import io, logging, random, sys, tempfile, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from tqdm import tqdm
 from ..config import PROFILES, Config, ConfigError
 from ..data import Images, Stopwatch, seed_for, seeded
@@ -321,27 +323,89 @@ def _sized(kind, side):
     "The argument from which a module of anomalib learns the size of the images."
     return dict(pre_processor=kind.configure_pre_processor((side, side)))
 
-# %% ../../nbs/12_peers.anomalib.ipynb #806ac2de
+# %% ../../nbs/12_peers.anomalib.ipynb #a83d31c7
+def _convolution(before, after, stride):
+    return nn.Sequential(conv3x3(before, after, stride), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+class FittedBottleneck(nn.Module):
+    "The bottleneck of Reverse Distillation for features of any shapes: a convolution from layer to layer, then two residual blocks."
+    def __init__(self,
+        shapes: list, # (C, H, W) a layer, finest first
+    ):
+        super().__init__()
+        self.side, last = shapes[-1][1:], shapes[-1][0]
+        steps = [(a[0], b[0], 2 if b[1] < a[1] else 1) for a, b in zip(shapes, shapes[1:])]
+        self.paths = nn.ModuleList(nn.Sequential(*(_convolution(*step) for step in steps[i:])) for i in range(len(shapes)))
+        shortcut = nn.Sequential(conv1x1(len(shapes) * last, 2 * last, 2), nn.BatchNorm2d(2 * last))
+        self.squeeze = nn.Sequential(BasicBlock(len(shapes) * last, 2 * last, 2, shortcut), BasicBlock(2 * last, 2 * last))
+
+    def forward(self,
+        features: list, # A map a layer, N×C×H×W, finest first
+    ) -> torch.Tensor: # N×2C×⌈H/2⌉×⌈W/2⌉, of the coarsest layer's C, H and W
+        return self.squeeze(torch.cat([F.interpolate(path(f), self.side) for path, f in zip(self.paths, features)], 1))
+
+# %% ../../nbs/12_peers.anomalib.ipynb #a6812a3f
+def _grown(before, after, stride):
+    from anomalib.models.components.backbone.resnet_decoder import DecoderBasicBlock
+    up = nn.ConvTranspose2d(before, after, 2, 2, bias=False) if stride == 2 else conv1x1(before, after)
+    return nn.Sequential(DecoderBasicBlock(before, after, stride, nn.Sequential(up, nn.BatchNorm2d(after))), DecoderBasicBlock(after, after))
+
+class FittedDecoder(nn.Module):
+    "The decoder of Reverse Distillation for features of any shapes, from the output of `FittedBottleneck`."
+    def __init__(self,
+        shapes: list, # (C, H, W) a layer, finest first
+    ):
+        super().__init__()
+        steps = [(2 * shapes[-1][0], shapes[-1][0], 2)] + [(b[0], a[0], 2 if b[1] < a[1] else 1) for a, b in zip(shapes, shapes[1:])][::-1]
+        self.sides = [s[1:] for s in shapes[::-1]]
+        self.stages = nn.ModuleList(_grown(*step) for step in steps)
+        self.ends = nn.ModuleList(nn.Conv2d(s[0], s[0], 1) for s in shapes[::-1])
+
+    def forward(self,
+        x: torch.Tensor, # N×2C×⌈H/2⌉×⌈W/2⌉
+    ) -> list: # A map a layer, N×C×H×W, finest first
+        restored = []
+        for stage, end, side in zip(self.stages, self.ends, self.sides):
+            x = F.interpolate(stage(x), side)
+            restored.append(end(x))
+        return restored[::-1]
+
+# %% ../../nbs/12_peers.anomalib.ipynb #3fdd7a2e
 RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d', 'wide_resnet50_2', 'wide_resnet101_2')
 
+def mirrors_resnet(
+    config: Config, # Its `extractor`, `layers` and `crop` are used
+) -> bool: # True for anomalib's own bottleneck and decoder
+    "Is the extractor a ResNet whose bottleneck and decoder anomalib has?"
+    return config.extractor.split('.')[0] in RESNETS and config.layers == (1, 2, 3) and config.crop % 32 == 0
+
+def bottleneck_and_decoder(
+    config: Config, # Settings of the run
+    features: list, # A map a layer, N×C×H×W, finest first
+) -> tuple[nn.Module, nn.Module]: # From features to a bottleneck, and back
+    "Both parts of Reverse Distillation, with random weights. Raises `ConfigError` for maps of less than 3×3 positions."
+    from anomalib.models.components.backbone import get_decoder
+    from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
+    shapes, name = [tuple(f.shape[1:]) for f in features], config.extractor.split('.')[0]
+    if min(shapes[-1][1:]) < 3:
+        raise ConfigError(f'crop={config.crop}, layers={config.layers}: the coarsest map has {shapes[-1][1]}×{shapes[-1][2]} positions, too few for a bottleneck; expected at least 3×3')
+    return (get_bottleneck_layer(name), get_decoder(name)) if mirrors_resnet(config) else (FittedBottleneck(shapes), FittedDecoder(shapes))
+
+# %% ../../nbs/12_peers.anomalib.ipynb #d6233c9f
 class ReverseDistillation(Peer):
     "Cosine distance between features and their restoration (Deng and Li 2022)."
-    settings = dict(epochs=200, batch_size=16, lr=5e-3, weight_decay=0.0, layers=(1, 2, 3))
-    smoke, published, optimiser = dict(epochs=10), dict(resize=256, crop=256), dict(betas=(0.5, 0.999))
+    settings = dict(epochs=200, batch_size=16, lr=5e-3, weight_decay=0.0)
+    smoke, published, optimiser = dict(epochs=10), dict(resize=256, crop=256, layers=(1, 2, 3)), dict(betas=(0.5, 0.999))
 
-    @classmethod
-    def settle(cls, config, original=None):
-        config = super().settle(config, original)
-        if config.extractor.split('.')[0] not in RESNETS:
-            raise ConfigError(f'Reverse Distillation cannot take extractor={config.extractor!r}: its bottleneck and decoder mirror the blocks of a ResNet; '
-                              f"expected one of {', '.join(RESNETS)}, or the method 'reverse_distillation/original', which brings its own")
-        if config.layers != (1, 2, 3): raise ConfigError(f'layers={config.layers}: the bottleneck of Reverse Distillation expects layers (1, 2, 3)')
-        return config
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.about['decoder'] = 'mirrored ResNet' if mirrors_resnet(self.config) else 'fitted to the features'
 
     def module(self, features):
         from anomalib.models import ReverseDistillation as Module
-        module = Module(self.config.extractor.split('.')[0], pre_trained=False, **PLAIN | _sized(Module, self.config.crop))
+        module = Module('resnet18', pre_trained=False, **PLAIN | _sized(Module, self.config.crop))
         module.pre_processor, module.model.encoder = None, Slot(features)
+        module.model.bottleneck, module.model.decoder = bottleneck_and_decoder(self.config, features)
         return module
 
 # %% ../../nbs/12_peers.anomalib.ipynb #798cfd7c
