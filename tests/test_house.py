@@ -98,7 +98,8 @@ def test_modules_import_lower_numbers_only():
     checked = 0
     for module, number in order.items():
         for node in ast.walk(ast.parse((ROOT / f'cse/{module}.py').read_text())):
-            names = [('cse.' if node.level else '') + (node.module or '')] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            above = ['cse', *module.split('/')][:-node.level] if isinstance(node, ast.ImportFrom) and node.level else []
+            names = ['.'.join([*above, node.module])] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 if name.startswith('cse.'):
                     checked += 1
