@@ -34,7 +34,7 @@ hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS)
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,peers]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,export,peers]'
 	touch $@
 
 test: export CUDA_VISIBLE_DEVICES :=
