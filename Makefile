@@ -1,6 +1,7 @@
 # make test      everything that is checked, on a fresh clone too
 # make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
+# make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
 # make clean     remove what the above made, results excepted
 SHELL := bash
@@ -29,12 +30,12 @@ parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTUR
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
 hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS),$(call hide,$(path)))
 
-.PHONY: test tables benchmark prepare clean
+.PHONY: test tables benchmark thresholds prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,peers]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,export,peers]'
 	touch $@
 
 test: export CUDA_VISIBLE_DEVICES :=
@@ -60,6 +61,13 @@ benchmark: $(READY)
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) | cat
 	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(call name,).ipynb
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
+
+thresholds: $(READY)
+	@mkdir -p results/notebooks
+	$(papermill) nbs/tables/thresholds.ipynb results/notebooks/thresholds-$(call name,).ipynb -p profile $(PROFILE) -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
+	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) | cat
+	$(BIN)/nbdev_clean --fname results/notebooks/thresholds-$(call name,).ipynb
+	$(hide_paths) results/notebooks/thresholds-$(call name,).ipynb
 
 prepare: $(READY)
 	$(BIN)/nbdev_clean

@@ -1,14 +1,29 @@
 __version__ = "0.1.0"
 
-from .config import Config
-from .defects import DefectGenerator
-from .features import FeatureExtractor
-from .model import Decoder, Embedder
-from .losses import contrastive_cosine_loss, decoder_loss
-from .scoring import MemoryBank, Scores
-from .detector import CSE
-from .metrics import auroc
-from .experiments import run
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ['CSE', 'Config', 'Decoder', 'DefectGenerator', 'Embedder', 'FeatureExtractor', 'MemoryBank', 'Scores', 'auroc', 'contrastive_cosine_loss',
-           'decoder_loss', 'run']
+if TYPE_CHECKING:
+    from .config import Config
+    from .defects import DefectGenerator
+    from .detector import CSE
+    from .experiments import run
+    from .features import FeatureExtractor
+    from .losses import contrastive_cosine_loss, decoder_loss
+    from .metrics import auroc
+    from .model import Decoder, Embedder
+    from .scoring import MemoryBank, Scores
+
+_HOME = {'CSE': 'detector', 'Config': 'config', 'Decoder': 'model', 'DefectGenerator': 'defects', 'Embedder': 'model', 'FeatureExtractor': 'features', 'MemoryBank': 'scoring',
+         'Scores': 'scoring', 'auroc': 'metrics', 'contrastive_cosine_loss': 'losses', 'decoder_loss': 'losses', 'run': 'experiments'}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    "Load a module when one of its names is first asked for, so that the command line can answer before PyTorch is there."
+    if name not in _HOME: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(importlib.import_module(f'.{_HOME[name]}', __name__), name)
+    return value
+
+
+def __dir__(): return sorted({*globals(), *__all__})

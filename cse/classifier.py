@@ -48,16 +48,16 @@ class ClassifierHead(nn.Module):
         maps = F.conv2d(self.embedder(features), self.unit.weight[:, :, None, None], self.unit.bias)[:, 0]
         return maps.mean((1, 2)), maps
 
-# %% ../nbs/10_classifier.ipynb #1ac2a048
+# %% ../nbs/10_classifier.ipynb #e96929c4
 class ClassifierDetector(Detector):
     "Anomaly detection by a binary classifier (§5.1)."
-    def _learn(self, cache, defects, clock, progress):
+    def _learn(self, cache, defects, clock, progress, resume=None):
         embedder = make_embedder(self.extractor.channels, self.config, self.seed)
         self.classifier = classifier = Classifier(embedder, self.seed).to(self.extractor.device)
         def losses_of(first, second, defective):
             logits, z = classifier(second)
             return F.binary_cross_entropy_with_logits(logits, defective.float(), reduction='none'), z
-        return train_network(classifier, losses_of, None, cache, self.extractor, defects, self.config, self.seed, clock, progress)
+        return train_network(classifier, losses_of, None, cache, self.extractor, defects, self.config, self.seed, clock, progress, resume)
 
     def head(self) -> ClassifierHead: # A network from feature maps to scores and coarse maps, in eval mode
         "What follows the extractor, folded for inference."

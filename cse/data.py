@@ -107,7 +107,7 @@ def as_image(
     if low < 0 or high > 1: raise DataError(f'{name}: holds values from {low:.3g} to {high:.3g}; expected [0, 1]')
     return value.float().expand(3, -1, -1)
 
-# %% ../nbs/01_data.ipynb #82fbe15e
+# %% ../nbs/01_data.ipynb #b7a97074
 class Images:
     "Prepared images from a folder, paths, images in memory or a `Dataset`: a sequence of 3×crop×crop tensors."
     def __init__(self,
@@ -126,6 +126,12 @@ class Images:
         self.source = source
 
     def __len__(self): return len(self.source)
+
+    def subset(self,
+        rows, # Places of some images
+    ): # `Images` with these
+        "Some of the images, in the given order."
+        return Images([(self.paths or self.source)[int(i)] for i in rows], self.config)
 
     def __getitem__(self, i):
         if self.paths: return resize_crop(read_image(self.paths[i]), self.config, self.paths[i])

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['AHEAD', 'pair_splits', 'pair_up', 'partners', 'pair_losses', 'collapse_statistics', 'TrainingError', 'make_embedder',
-           'make_decoder', 'make_optimiser', 'Training', 'train_network', 'train']
+           'make_decoder', 'make_optimiser', 'Training', 'Progress', 'train_network', 'train']
 
-# %% ../nbs/07_training.ipynb #aa6237d2
-import copy
+# %% ../nbs/07_training.ipynb #071f3ac5
+import copy, pickle
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 from tqdm import tqdm
 from .config import Config
-from .data import Stopwatch, seed_for, seeded, split
+from .data import Stopwatch, replacing, seed_for, seeded, split
 from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor
 from .model import Decoder, Embedder, freeze
@@ -152,7 +153,7 @@ def _step(optimiser, schedule, loss):
     optimiser.step()
     schedule.step()
 
-# %% ../nbs/07_training.ipynb #530a764d
+# %% ../nbs/07_training.ipynb #e2f449aa
 @dataclass
 class Training:
     "What a training leaves."
@@ -160,6 +161,7 @@ class Training:
     history: list # One dict an epoch: loss, validation loss (means over pairs), collapse statistics of the validation images
     best_epoch: int # Epoch of the checkpoint, from 0
     steps: torch.Tensor # Loss of every training step
+    interrupted: bool = False # Stopped before its last epoch?
 
 AHEAD = 8 # steps whose corrupted images pass the extractor together
 
@@ -184,7 +186,32 @@ class _Validation:
             embeddings.append(z)
         return torch.cat(losses).mean().item(), collapse_statistics(torch.cat(embeddings))
 
-# %% ../nbs/07_training.ipynb #f1335878
+# %% ../nbs/07_training.ipynb #709bbf34
+class Progress:
+    "A training's state on disk, whole after every epoch."
+    def __init__(self,
+        path: str | Path, # The file
+        key: str, # What the training depends on: settings, seed, images
+    ):
+        self.path, self.key = Path(path), key
+
+    def write(self,
+        **state, # Tensors, state dicts, lists and numbers
+    ):
+        "Replace the file, completely or not at all."
+        with replacing(self.path) as file: torch.save(dict(key=self.key, **state), file)
+
+    def read(self) -> dict | None: # What was written last; None if nothing was
+        "Raises `TrainingError` for a file that is damaged or belongs to another training. Loads tensors and plain values only."
+        if not self.path.exists(): return None
+        try: state = torch.load(self.path, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
+            raise TrainingError(f'{self.path}: is no state of a training; delete it to start anew') from e
+        if not isinstance(state, dict) or state.get('key') != self.key:
+            raise TrainingError(f'{self.path}: belongs to a training with other images, settings or another seed; expected the same ones, or another folder')
+        return state
+
+# %% ../nbs/07_training.ipynb #03b7070c
 def train_network(
     network: torch.nn.Module, # To be trained
     losses_of, # Function of the features of first and second images and of which are defective: one loss a pair, and N×C×H×W embeddings
@@ -196,38 +223,50 @@ def train_network(
     seed: int, # Seed of the run
     clock: Stopwatch, # Where seconds are added up
     progress: bool, # Show a bar with both losses and the effective dimensions
+    resume: Progress = None, # Where its state is kept, and taken up if there is one
 ) -> Training: # The network at its checkpoint, and the history
     "Minimise a loss over pairs, keep the weights of least validation loss (§4.1). Raises `TrainingError` if the loss is no longer a number."
     train1, train2, validation1, validation2 = pair_splits(len(cache), config, seed)
     draw = lambda indices, purpose: partners(cache, indices, purpose, defects, extractor, config.defect_probability, clock)
     optimiser, schedule = make_optimiser(network, decoder, config, len(train1))
     validate, device = _Validation(validation1, validation2, cache, config, seed, draw), extractor.device
-    history, steps, best, state = [], [], None, None
-    with tqdm(range(config.epochs), desc='training', unit='epoch', disable=not progress, leave=False) as bar:
-        for epoch in bar:
-            network.train(epoch == 0 or config.embedder_batchnorm == 'live')
-            first, second = pair_up(train1, train2, seeded(seed, 'pairs', epoch))
-            start = len(steps)
-            for i, j in zip(first.split(AHEAD * config.batch_size), second.split(AHEAD * config.batch_size)):
-                features, defective = draw(j, (seed, 'training', epoch))
-                with clock('embedder'):
-                    for rows in torch.arange(len(i)).split(config.batch_size):
-                        own = [f[i[rows]].to(device) for f in cache.features]
-                        losses, _ = losses_of(own, [f[rows] for f in features], defective[rows])
-                        _step(optimiser, schedule, reduce_loss(losses, config.loss_reduction))
-                        steps.append(losses.detach().sum())
-            loss = torch.stack(steps[start:]).sum().item() / len(first)
-            with clock('validation'): validation_loss, statistics = validate(network, losses_of, epoch)
-            if not (loss < float('inf') and validation_loss < float('inf')):
-                raise TrainingError(f'epoch {epoch}: loss {loss}, validation loss {validation_loss}; a smaller lr than {config.lr} may help')
-            history.append(dict(epoch=epoch, loss=loss, validation_loss=validation_loss) | statistics)
-            bar.set_postfix(loss=f'{loss:.3f}', validation=f'{validation_loss:.3f}', dimensions=f'{statistics["dimensions"]:.1f}')
-            if config.checkpoint == 'last' or best is None or validation_loss < history[best]['validation_loss']:
-                best, state = epoch, copy.deepcopy(network.state_dict())
+    history, steps, best, state, interrupted = [], [], None, None, False
+    stateful = dict(network=network, optimiser=optimiser, schedule=schedule) | ({} if decoder is None else dict(decoder=decoder))
+    if found := resume and resume.read():
+        for name, part in stateful.items(): part.load_state_dict(found[name])
+        history, steps, best, state = found['history'], list(found['steps'].to(device)), found['best'], found['state']
+    with tqdm(range(config.epochs), desc='training', unit='epoch', initial=len(history), disable=not progress, leave=False) as bar:
+        try:
+            for epoch in range(len(history), config.epochs):
+                network.train(epoch == 0 or config.embedder_batchnorm == 'live')
+                first, second = pair_up(train1, train2, seeded(seed, 'pairs', epoch))
+                done = []
+                for i, j in zip(first.split(AHEAD * config.batch_size), second.split(AHEAD * config.batch_size)):
+                    features, defective = draw(j, (seed, 'training', epoch))
+                    with clock('embedder'):
+                        for rows in torch.arange(len(i)).split(config.batch_size):
+                            own = [f[i[rows]].to(device) for f in cache.features]
+                            losses, _ = losses_of(own, [f[rows] for f in features], defective[rows])
+                            _step(optimiser, schedule, reduce_loss(losses, config.loss_reduction))
+                            done.append(losses.detach().sum())
+                loss = torch.stack(done).sum().item() / len(first)
+                with clock('validation'): validation_loss, statistics = validate(network, losses_of, epoch)
+                if not (loss < float('inf') and validation_loss < float('inf')):
+                    raise TrainingError(f'epoch {epoch}: loss {loss}, validation loss {validation_loss}; a smaller lr than {config.lr} may help')
+                steps += done
+                history.append(dict(epoch=epoch, loss=loss, validation_loss=validation_loss) | statistics)
+                bar.update()
+                bar.set_postfix(loss=f'{loss:.3f}', validation=f'{validation_loss:.3f}', dimensions=f'{statistics["dimensions"]:.1f}')
+                if config.checkpoint == 'last' or best is None or validation_loss < history[best]['validation_loss']:
+                    best, state = epoch, copy.deepcopy(network.state_dict())
+                if resume: resume.write(history=history, steps=torch.stack(steps), best=best, state=state, **{name: part.state_dict() for name, part in stateful.items()})
+        except KeyboardInterrupt:
+            if best is None: raise
+            interrupted = True
     network.load_state_dict(state)
-    return Training(network.eval(), history, best, torch.stack(steps).cpu())
+    return Training(network.eval(), history, best, torch.stack(steps).cpu(), interrupted)
 
-# %% ../nbs/07_training.ipynb #f82ffb7e
+# %% ../nbs/07_training.ipynb #13b417ab
 def train(
     cache: FeatureCache, # Images and features of the defect-free images
     extractor: FeatureExtractor, # The frozen extractor they came from
@@ -236,10 +275,11 @@ def train(
     seed: int = 0, # Seed of the run
     clock: Stopwatch = None, # Where seconds are added up
     progress: bool = False, # Show a bar with both losses and the effective dimensions
+    resume: Progress = None, # Where the state of the training is kept, and taken up if there is one
 ) -> Training: # The embedder at its checkpoint, and the history
     "Train the embedder contrastively (§3.2–3.4, §4.1). Raises `TrainingError` if the loss is no longer a number."
     clock, device = clock or Stopwatch(), extractor.device
     embedder = make_embedder(extractor.channels, config, seed).to(device)
     with clock('embedder'): decoder = make_decoder(cache, pair_splits(len(cache), config, seed)[0], config, seed, device)
     losses_of = lambda first, second, defective: pair_losses(embedder, decoder, first, second, defective, config)
-    return train_network(embedder, losses_of, decoder if config.decoder == 'joint' else None, cache, extractor, defects, config, seed, clock, progress)
+    return train_network(embedder, losses_of, decoder if config.decoder == 'joint' else None, cache, extractor, defects, config, seed, clock, progress, resume)
