@@ -412,7 +412,7 @@ def _speed_plot(records):
         plt.close(fig)
     return fig
 
-# %% ../nbs/21_report.ipynb #86352db8
+# %% ../nbs/21_report.ipynb #bf118f74
 def plot_latency(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -422,8 +422,9 @@ def plot_latency(
     points = []
     for row in means.itertuples():
         some = [r for r in records if _column(r, _paper(table)) == row.method]
-        times = sorted(filter(None, (_get(r, 'latency_ms.median') for r in some)))
-        if len(times) == len(some): points.append((row.method, float(np.median(times)), times[0], times[-1], row.ours, row.sd))
+        found = [[ms for r in of if (ms := _get(r, 'latency_ms.median'))] for of in _groups(some, lambda r: r['category']).values()]
+        times = sorted(min(ms) for ms in found if ms)
+        if len(times) == len(found): points.append((row.method, float(np.median(times)), times[0], times[-1], row.ours, row.sd))
     if len(points) < 2: return None
     threads = '–'.join(map(str, sorted({r.get('threads', '?') for r in records}, key=str)))
     with sns.axes_style('whitegrid'), sns.plotting_context('notebook', font_scale=0.8):
