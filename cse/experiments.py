@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_meth
            'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters',
            'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
-# %% ../nbs/20_experiments.ipynb #c76a2861
+# %% ../nbs/20_experiments.ipynb #5fe925a8
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,11 +20,11 @@ from .data import DataError, Images, categories, category_fingerprint, files_fin
 from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from .detector import CSE
 from .classifier import ClassifierDetector
-from .peers.anomalib import PEERS
+from .peers import anomalib, mixed_teacher, rdpp
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
 
-# %% ../nbs/20_experiments.ipynb #56229e35
-METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | PEERS
+# %% ../nbs/20_experiments.ipynb #488134bc
+METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | anomalib.PEERS | rdpp.PEERS | mixed_teacher.PEERS
 
 def make_method(
     name: str, # A key of `METHODS`
@@ -57,11 +57,11 @@ def resolve_data(
     if not data: return builtin_surfaces(names), BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
     return Path(data), Path(data).resolve().name
 
-# %% ../nbs/20_experiments.ipynb #34e36f8d
+# %% ../nbs/20_experiments.ipynb #f942a4db
 @functools.cache
 def versions() -> dict: # Package → version
     "Versions that can change a number."
-    packages = 'torch', 'torchvision', 'timm', 'openvino', 'scikit-learn', 'numpy', 'pillow', 'anomalib'
+    packages = 'torch', 'torchvision', 'timm', 'openvino', 'scikit-learn', 'numpy', 'pillow', 'anomalib', 'geomloss'
     return {'cse': _version('cse'), 'python': platform.python_version()} | {p: _version(p) for p in packages}
 
 def _version(package):
@@ -154,7 +154,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #548fc697
+# %% ../nbs/20_experiments.ipynb #1eb14407
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -186,6 +186,7 @@ def run(
     if found.masks: read_masks(found, config)
     reset_peak_memory()
     detector.fit(found.train, progress=progress)
+    if detector.interrupted: raise KeyboardInterrupt # what a shortened training found is no record
     fitted = time.perf_counter()
     scores = detector.score(found.test)
     scored = time.perf_counter()

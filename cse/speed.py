@@ -100,13 +100,13 @@ def peer_as_trained(
         model.memory_bank = torch.randn(shape, generator=seeded(seed, 'bank')).to(model.memory_bank)
     return Scorer(_prepare(peer.config, peer.extractor), lambda image: peer._scored(image)[0].item(), lambda: peer.extractor.info)
 
-# %% ../nbs/24_speed.ipynb #b17857d4
+# %% ../nbs/24_speed.ipynb #8c9b0766
 TIMED = { # name → function of configuration and seed
     'cse/as-trained': cse_as_trained,
     'cse/fused': cse_fused,
     'extractor/as-trained': lambda config, seed: bare_extractor(config.replace(engine='torch'), 'as trained'),
     'extractor/fused': lambda config, seed: bare_extractor(config, 'fused'),
-} | {name: partial(peer_as_trained, name) for name in ('patchcore/original', 'fastflow/original', 'reverse_distillation/original', 'reverse_distillation/resnet18')}
+} | {name: partial(peer_as_trained, name) for name in ('patchcore/original', 'fastflow/original', 'reverse_distillation/original', 'reverse_distillation/resnet18', 'rdpp/original', 'mixed_teacher/original')}
 
 def choose(
     methods: list, # Names of `TIMED`, or their parts before the slash; empty: all that is installed
