@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/25_cli.ipynb #80643215
+# %% ../nbs/25_cli.ipynb #e2b261e0
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Surface anomaly detection with contrastively selected embedding: fit on good images, find defects.')
 
@@ -29,6 +29,7 @@ def _errors():
     from cse.config import ConfigError
     from cse.experiments import GridError
     try: yield
+    except typer.Exit: raise
     except GridError as e: _stop(e, 1)
     except (ConfigError, DataError, ValueError, RuntimeError, OSError) as e:
         if not str(e): raise

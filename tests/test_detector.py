@@ -1,0 +1,203 @@
+"""The detector in other hands: inputs of all kinds, decisions, interrupted trainings, saved files, and the command line."""
+import hashlib, json, signal, subprocess, sys, time
+import numpy as np, pytest, torch
+from PIL import Image
+from sklearn.base import clone
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+from cse import CSE, Config
+from cse.cli import app
+from cse.config import ConfigError
+from cse.data import DataError, Images, read_image
+from cse.detector import ModelError, _checksum
+from cse.export import ExportError, export
+from cse.scoring import CalibrationError
+from cse.surfaces import builtin_surfaces
+
+SMALL = dict(epochs=2, device='cpu', engine='torch')
+
+
+@pytest.fixture(scope='module')
+def wood(): return builtin_surfaces(['wood']) / 'wood'
+
+
+@pytest.fixture(scope='module')
+def good(wood): return sorted((wood / 'train/good').iterdir())[:24]
+
+
+@pytest.fixture(scope='module')
+def detector(good): return CSE(Config.smoke(**SMALL)).fit(good, progress=False, held_out=0.4)
+
+
+@pytest.fixture(scope='module')
+def saved(detector, tmp_path_factory): return detector.save(tmp_path_factory.mktemp('saved') / 'wood.cse')
+
+
+def cse(*words):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def test_every_kind_of_input_scores_alike(detector, good):
+    files, expected = good[:3], detector.score(good[:3]).image
+    opened = [Image.open(f).convert('RGB') for f in files]
+    arrays = [np.asarray(i) for i in opened]
+    tensors = torch.stack([read_image(f) for f in files])
+    kinds = dict(strings=[str(f) for f in files], pil=opened, arrays=arrays, batch=np.stack(arrays), floats=np.stack(arrays) / np.float32(255), tensor=tensors, dataset=list(zip(tensors, range(3))),
+                 loader=DataLoader(list(zip(tensors, range(3))), batch_size=2, shuffle=True))
+    for name, images in kinds.items(): assert np.allclose(detector.score(images).image, expected, rtol=1e-4), name
+    for single in (files[0], str(files[0]), opened[0], arrays[0]): assert np.allclose(detector.score(single).image, expected[:1], rtol=1e-4)
+
+
+def test_grey_arrays_of_8_and_16_bits():
+    grey = np.arange(64 * 64).reshape(64, 64)
+    config = Config(resize=40, crop=32)
+    eight, sixteen = (grey // 16).astype(np.uint8), (grey // 16 * 257).astype(np.uint16)
+    assert torch.allclose(Images(eight, config)[0], Images(sixteen, config)[0], atol=1e-6)
+    assert torch.equal(Images(Image.fromarray(eight), config)[0], Images(eight[..., None], config)[0]) and len(Images(np.stack([eight] * 5), config)) == 5
+
+
+@pytest.mark.parametrize('bad, words', [(np.zeros((64, 64, 4), np.uint8), '(64, 64, 4)'), (np.zeros((64, 64), np.int32), 'int32'), (np.full((64, 64), 2.0), '[0, 1]'), ([object()], 'object'), (7, 'int')])
+def test_arrays_that_are_no_images_are_refused(bad, words):
+    with pytest.raises(DataError, match=words.replace('(', r'\(').replace(')', r'\)').replace('[', r'\[')): Images(bad, Config(resize=40, crop=32)).check()
+
+
+def test_decisions_follow_the_calibration(detector, wood):
+    images = sorted((wood / 'test').rglob('*.png'))[::4]
+    p, scores, n = detector.p_values(images), detector.score(images).image, len(detector.calibration)
+    for alpha in (0.1, 0.5):
+        flagged = detector.predict(images, alpha)
+        assert set(flagged) <= {0, 1} and np.array_equal(flagged, scores > detector.calibration.threshold(alpha)) and np.array_equal(flagged == 1, p <= alpha + 1e-12)
+    with pytest.raises(CalibrationError, match=f'{n} calibration images'): detector.predict(images, 0.01)
+
+
+def test_held_out_images_take_no_part_in_fitting(detector, good):
+    assert detector.fitted_on['images'] + len(detector.calibration) == len(good)
+    other = CSE(Config.smoke(**SMALL)).fit(good, progress=False)
+    with pytest.raises(CalibrationError, match='not calibrated'): other.predict(good[:1])
+    assert other.fitted_on['images'] == len(good) and len(other.calibrate(good[:5]).calibration) == 5
+    for share in (-0.1, 1, 1.5):
+        with pytest.raises(ConfigError, match='held_out'): CSE(Config.smoke(**SMALL)).fit(good, progress=False, held_out=share)
+
+
+def test_scikit_learn_habits(detector):
+    copy = clone(detector)
+    assert copy.config == detector.config and copy.get_params() == detector.get_params() and 'not fitted' in repr(copy) and 'calibrated on' in repr(detector)
+    assert copy.set_params(seed=3).seed == 3
+    with pytest.raises(ConfigError, match='epochs'): copy.set_params(epochs=3)
+    with pytest.raises(RuntimeError, match='not fitted'): copy.score([])
+
+
+def test_killed_training_is_taken_up_where_it_stopped(good, tmp_path):
+    listed, folder, config = tmp_path / 'list.json', tmp_path / 'wood.cse', Config.smoke(**SMALL | dict(epochs=15))
+    listed.write_text(json.dumps([str(f) for f in good[:12]]))
+    code = f'import json; from cse import CSE, Config; CSE(Config.smoke(**{SMALL | dict(epochs=15)})).fit(json.load(open({str(listed)!r})), progress=False, folder={str(folder)!r})'
+    process = subprocess.Popen([sys.executable, '-c', code])
+    while not (folder / 'training.pt').exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (folder / 'model.json').exists()
+    done = len(torch.load(folder / 'training.pt', weights_only=True)['history'])
+    assert 0 < done < 15
+    resumed, whole = CSE(config).fit(good[:12], progress=False, folder=folder), CSE(config).fit(good[:12], progress=False)
+    assert resumed.history == whole.history and torch.equal(resumed.bank.prototypes, whole.bank.prototypes) and sorted(p.name for p in folder.iterdir()) == ['model.json', 'model.safetensors']
+
+
+def test_training_of_other_images_is_not_taken_up(good, tmp_path, monkeypatch):
+    from cse import training
+    def stop(self, **state): write(self, **state); raise KeyboardInterrupt
+    write = training.Progress.write
+    monkeypatch.setattr(training.Progress, 'write', stop)
+    first = CSE(Config.smoke(**SMALL)).fit(good, progress=False, folder=tmp_path)
+    assert first.interrupted and len(first.history) == 1 and CSE.load(tmp_path).score(good[:1]).image == first.score(good[:1]).image
+    monkeypatch.undo()
+    for other in (lambda: CSE(Config.smoke(**SMALL)).fit(good[1:], progress=False, folder=tmp_path), lambda: CSE(Config.smoke(**SMALL), seed=1).fit(good, progress=False, folder=tmp_path)):
+        with pytest.raises(RuntimeError, match='training.pt: belongs to a training'): other()
+    (tmp_path / 'training.pt').write_bytes(b'nothing of the kind')
+    with pytest.raises(RuntimeError, match='delete it to start anew'): CSE(Config.smoke(**SMALL)).fit(good, progress=False, folder=tmp_path)
+
+
+def test_saved_detectors_of_both_versions_load(detector, saved, good, tmp_path):
+    again = CSE.load(saved)
+    assert repr(again) == repr(detector) and np.array_equal(again.predict(good, 0.25), detector.predict(good, 0.25))
+    about = json.loads((saved / 'model.json').read_text())
+    old = {k: v for k, v in about.items() if k not in ('fitted_on', 'calibration', 'sha256')} | dict(schema=1)
+    (tmp_path / 'model.json').write_text(json.dumps(old))
+    (tmp_path / 'model.safetensors').write_bytes((saved / 'model.safetensors').read_bytes())
+    assert np.array_equal(CSE.load(tmp_path).score(good).image, detector.score(good).image)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(schema=3), 'a newer one wrote it'), (dict(schema=True), 'reads 1 to'), (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'), (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed')])
+def test_changed_model_is_refused(saved, tmp_path, change, words):
+    for name in ('model.json', 'model.safetensors'): (tmp_path / name).write_bytes((saved / name).read_bytes())
+    about = json.loads((saved / 'model.json').read_text())
+    assert about['sha256'] == _checksum(about)
+    (tmp_path / 'model.json').write_text(json.dumps(about | change))
+    with pytest.raises(ModelError, match=words): CSE.load(tmp_path)
+
+
+def test_any_changed_byte_of_a_saved_detector_is_refused(saved, tmp_path):
+    draws = np.random.default_rng(0)
+    for name in ('model.json', 'model.safetensors'):
+        whole = (saved / name).read_bytes()
+        (tmp_path / {'model.json': 'model.safetensors', 'model.safetensors': 'model.json'}[name]).write_bytes((saved / {'model.json': 'model.safetensors', 'model.safetensors': 'model.json'}[name]).read_bytes())
+        for place in draws.integers(len(whole), size=60):
+            damaged = whole[:place] + (bytes([whole[place] ^ int(draws.integers(1, 256))]) + whole[place + 1:] if draws.random() < 0.8 else b'')
+            (tmp_path / name).write_bytes(damaged)
+            try: loaded = CSE.load(tmp_path)
+            except ModelError as e: assert str(tmp_path) in str(e)
+            else: assert name == 'model.json' and json.loads(damaged) == json.loads(whole), loaded # white space
+
+
+def test_command_line(wood, saved, tmp_path):
+    folder = wood / 'test/knot'
+    found = json.loads(cse('score', saved, folder, '--alpha', 0.1, '--json', '-q').stdout)
+    assert [set(i) for i in found['images']] == [{'path', 'score', 'p_value', 'decision'}] * len(list(folder.iterdir()))
+    done = cse('score', saved, folder, '--alpha', 0.1, '--csv', tmp_path / 'out.csv', '--overlays', tmp_path / 'maps', '-q')
+    assert done.exit_code == 0 and not done.stdout and len((tmp_path / 'out.csv').read_text().splitlines()) == 1 + len(found['images']) and len(list((tmp_path / 'maps').iterdir())) == len(found['images'])
+    about = json.loads(cse('evaluate', saved, wood, '--alpha', 0.1, '--json', '-q').stdout)
+    assert {'auroc', 'false_positive_rate', 'detection_rate', 'pixel_auroc', 'aupro'} < about.keys() and about['images'] == 60
+    assert json.loads(cse('show-config', 'paper', '--json').stdout) == Config.paper().to_dict()
+    assert 'no decisions' in cse('score', saved, folder, '--alpha', 0.001, '-q').stderr
+
+
+def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
+    for i, path in enumerate(sorted((wood / 'test/good').iterdir())[:3]): (tmp_path / f'{i}.png').write_bytes(path.read_bytes()[:None if i else 99])
+    done = cse('score', saved, tmp_path, '--json', '-q', '--overlays', tmp_path / 'maps')
+    images = json.loads(done.stdout)['images']
+    assert done.exit_code == 1 and images[0]['score'] is None and images[1]['score'] > 0 and '1 of 3 images could not be read' in done.stderr and len(list((tmp_path / 'maps').iterdir())) == 2
+
+
+@pytest.mark.parametrize('words, expected', [
+    (('fit', 'nowhere', '-o', 'x'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs'), 'NAME=VALUE'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs=-1'), 'epochs=-1'),
+    (('fit', '{wood}', '-o', 'x', '--profile', 'best'), 'best'), (('fit', '{wood}', '-o', 'x', '--textures', 'nowhere'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--weights', 'nothing.pth'), 'no such file'),
+    (('fit', '{wood}', '-o', 'x', '--held-out', '2'), 'held_out'), (('score', 'nowhere', '{wood}'), 'no such file'), (('score', '{saved}', 'nowhere'), 'no such folder'), (('score', '{saved}', '{wood}', '--device', 'abacus'), 'abacus'),
+    (('evaluate', '{saved}', '{wood}/train'), 'train'), (('export', '{saved}', '--to', 'tflite'), 'tflite'), (('export', '{saved}', '-o', 'x.txt'), 'x.txt'), (('tables', '9'), '9'), (('tables', '1', '--methods', 'patchwork'), 'patchwork'),
+    (('tables', '1', '--seeds', 'many'), 'many'), (('show-config', 'best'), 'best')])
+def test_mistakes_on_the_command_line_end_in_a_sentence(wood, saved, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    done = cse(*(w.format(wood=wood, saved=saved) for w in words))
+    assert done.exit_code == 2 and expected in done.stderr and 'Traceback' not in done.stderr and not (tmp_path / 'x').exists()
+
+
+def test_help_does_not_load_pytorch():
+    code = "import sys\nfrom typer.testing import CliRunner\nfrom cse.cli import app\nassert 'export' in CliRunner().invoke(app, ['--help']).output\nprint(sorted({'torch', 'timm', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_export_says_what_it_cannot_do(detector, tmp_path, monkeypatch):
+    for bad, to in ((tmp_path / 'wood.txt', ''), (tmp_path / 'wood.onnx', 'openvino')):
+        with pytest.raises(ConfigError, match='expected a file ending in'): export(detector, bad, to)
+    monkeypatch.setattr('cse.export.TOLERANCE', 0)
+    with pytest.raises(ExportError, match='scores differ'): export(detector, tmp_path / 'wood.xml')
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match='not fitted'): export(CSE(Config.smoke()), tmp_path / 'wood.xml')
+
+
+def test_tensors_of_a_saved_detector_are_what_was_fitted(saved):
+    about = json.loads((saved / 'model.json').read_text())
+    assert hashlib.sha256((saved / 'model.safetensors').read_bytes()).hexdigest() == about['tensors_sha256'] and sorted(p.name for p in saved.iterdir()) == ['model.json', 'model.safetensors']
