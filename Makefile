@@ -1,7 +1,8 @@
 # make test      everything that is checked, on a fresh clone too
-# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them
+# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with competitors
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
+# make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
 # make clean     remove what the above made, results excepted
 SHELL := bash
@@ -23,14 +24,14 @@ given = $(if $(2),-p $(1) '$(2)')
 unless = $(if $(and $(filter $(1),$(2)),$(filter-out $(1),$(TABLES))),,$(3))
 parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTURES)) \
   $(call given,extractor,$(call unless,table3_speed,$(1),$(EXTRACTOR))) $(call given,weights,$(call unless,table3_speed,$(1),$(WEIGHTS))) \
-  $(call given,methods,$(call unless,table3_speed,$(1),$(METHODS))) $(call given,categories,$(call unless,table2_tilda,$(1),$(CATEGORIES))) \
+  $(call given,methods,$(or $(call unless,table3_speed,$(1),$(METHODS)),$(if $(filter table3_speed,$(1)),all))) $(call given,categories,$(call unless,table2_tilda,$(1),$(CATEGORIES))) \
   $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE))
 
 # an executed notebook keeps its parameters; where data lies on this machine is nobody's business
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
 hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS),$(call hide,$(path)))
 
-.PHONY: test tables benchmark thresholds prepare clean
+.PHONY: test tables benchmark thresholds robustness prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
@@ -61,6 +62,9 @@ benchmark: $(READY)
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) | cat
 	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(call name,).ipynb
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
+
+robustness: $(READY)
+	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_properties.py tests/test_robustness.py
 
 thresholds: $(READY)
 	@mkdir -p results/notebooks

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
            'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'latency', 'record_name', 'run_key',
-           'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters',
-           'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
+           'check_writable', 'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid',
+           'read_parameters', 'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
 # %% ../nbs/20_experiments.ipynb #5fe925a8
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
@@ -110,7 +110,7 @@ def latency(
         found.append(1000 * (time.perf_counter() - start))
     return dict(zip(('low', 'median', 'high'), np.percentile(found[3:], [5, 50, 95]).round(3).tolist()), repeats=repeats)
 
-# %% ../nbs/20_experiments.ipynb #f79355e6
+# %% ../nbs/20_experiments.ipynb #ef4562af
 RECORD_SCHEMA = 1
 
 def record_name(
@@ -134,6 +134,15 @@ def run_key(
     decides = [RECORD_SCHEMA, method, fingerprint(config.replace(weights=weights)), data['fingerprint'], textures['fingerprint'], category, seed]
     return record_name(f'{method}-{data["name"]}-{category}-{config.profile}-seed{seed}', decides)
 
+def check_writable(
+    folder: str | Path, # Made if it is missing
+):
+    "Raise `ConfigError` if no file can be written there, before any work is done for it."
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e: raise ConfigError(f'{folder}: no file can be written there ({e.strerror}); expected a folder for records') from e
+
 def write_record(
     path: str | Path, # Where it goes
     record: dict, # What was found
@@ -154,7 +163,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #1eb14407
+# %% ../nbs/20_experiments.ipynb #fac102e0
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -181,6 +190,7 @@ def run(
     key = run_key(method, config, about, pasted, category, seed)
     path = Path(results)/'records'/f'{key}.json'
     if path.exists() and not force: return read_record(path)
+    check_writable(path.parent)
     start = time.perf_counter()
     Images(found.test, config).check()
     if found.masks: read_masks(found, config)

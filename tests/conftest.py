@@ -57,3 +57,17 @@ def tiny():
     "The smoke profile with two epochs."
     from cse import Config
     return Config.smoke(epochs=2)
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Counts of the robustness campaign, when `make robustness` asks for them."
+    if not os.environ.get('ROBUSTNESS_KILLS'):
+        return
+    passed = terminalreporter.stats.get('passed', [])
+    names = [r.nodeid.split('::')[0].split('/')[-1] for r in passed]
+    kills = sum(int(v) for r in passed for k, v in r.user_properties if k == 'kills')
+    damaged = sum('changed' in r.nodeid or 'damaged' in r.nodeid for r in passed)
+    bad = names.count('test_bad_input.py') + sum('refused' in r.nodeid or 'mistakes' in r.nodeid for r in passed if 'test_bad_input' not in r.nodeid)
+    properties = names.count('test_properties.py') - 1
+    terminalreporter.write_line(f'robustness: {bad} cases of bad input, {damaged} tests of damaged or changed files (one of them of 120 random bytes), {properties} properties of 60 examples each, '
+                                f'{kills} grids killed, {len(terminalreporter.stats.get("failed", []))} failures')

@@ -1,0 +1,110 @@
+"""Grids that are killed, run twice at once, or find no room: every record valid, none lost, the table that of an undisturbed grid."""
+import json, os, random, resource, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from cse.config import Config, ConfigError
+from cse.experiments import check_writable, load_records, run
+from cse.report import comparison
+
+KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 2))
+SEEDS = 12
+
+# a grid of runs that take tenths of a second: the method scores by the mean of an image and its seed
+GRID = '''
+import sys, time
+import numpy as np, torch
+from types import SimpleNamespace
+from cse import experiments
+from cse.config import Config
+from cse.data import Images
+from cse.detector import Detector
+
+class Mean(Detector):
+    def fit(self, images, progress=True):
+        Images(images, self.config).check()
+        self.extractor = SimpleNamespace(origin=dict(weights="none"), info=dict(name="none", sha256=None), device=torch.device("cpu"))
+        time.sleep(0.15)
+        self._fitted = True
+        return self
+    def _scored(self, images): return (images.mean((1, 2, 3)) * (self.seed + 1)).sin(), torch.zeros(len(images), 2, 2)
+
+experiments.METHODS["mean"] = Mean
+data, results, count = sys.argv[1:]
+print("ready", flush=True)
+experiments.grid(Config.smoke(resize=40, crop=32), data, ["gravel"], ["mean"], list(range(int(count))), progress=False, results=results)
+'''
+
+
+def start(data, results, count=SEEDS, **kw): return subprocess.Popen([sys.executable, '-c', GRID, str(data), str(results), str(count)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def told(results):
+    "What records say, apart from times, machine and memory."
+    return {r['key']: (r['method'], r['category'], r['seed'], r['config'], r['labels'], r['scores'], r['metrics']) for r in load_records(results)}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(surface, tmp_path_factory):
+    results = tmp_path_factory.mktemp('undisturbed')
+    finish(start(surface, results))
+    assert len(told(results)) == SEEDS
+    return results
+
+
+def test_killed_grids_lose_nothing(surface, undisturbed, tmp_path, record_property):
+    draws, kept = random.Random(0), 0
+    for _ in range(KILLS):
+        process = start(surface, tmp_path)
+        assert process.stdout.readline() == 'ready\n'
+        time.sleep(draws.uniform(0, 0.6 if KILLS > 5 else 1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close(), process.stderr.close()
+        records = told(tmp_path)
+        assert len(records) >= kept and all(told(undisturbed)[key] == said for key, said in records.items())
+        kept = len(records)
+    finish(start(surface, tmp_path))
+    assert told(tmp_path) == told(undisturbed)
+    assert comparison(load_records(tmp_path), 1).equals(comparison(load_records(undisturbed), 1))
+    record_property('kills', KILLS)
+
+
+def test_two_grids_at_once_on_one_folder(surface, undisturbed, tmp_path):
+    for process in [start(surface, tmp_path) for _ in range(2)]: finish(process)
+    assert told(tmp_path) == told(undisturbed) and not list((tmp_path / 'records').glob('.*.tmp'))
+
+
+def test_full_disk_leaves_no_half_record(surface, undisturbed, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+    process = start(surface, tmp_path, 2, preexec_fn=limit)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode and 'File too large' in err and 'runs failed' in err
+    assert not list((tmp_path / 'records').iterdir())
+    finish(start(surface, tmp_path, 2))
+    assert all(told(undisturbed)[key] == said for key, said in told(tmp_path).items()) and len(told(tmp_path)) == 2
+
+
+def test_folder_that_cannot_be_written_is_found_before_the_work(surface, tmp_path):
+    (tmp_path / 'records').write_text('a file')
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match='no file can be written there'): run(Config.smoke(), surface, 'gravel', results=tmp_path)
+    assert time.perf_counter() - started < 10
+    with pytest.raises(ConfigError, match='/proc'): check_writable('/proc/records')
+    if os.geteuid():  # root writes anywhere
+        (folder := tmp_path / 'sealed').mkdir(mode=0o500)
+        with pytest.raises(ConfigError, match='sealed'): check_writable(folder)
+
+
+@pytest.mark.parametrize('damage', [lambda t: t[:len(t) // 2], lambda t: '', lambda t: t.replace('"schema": 1', '"schema": 2'), lambda t: '[]', lambda t: '\x00' * 50])
+def test_damaged_record_is_named_and_not_averaged(undisturbed, tmp_path, damage):
+    whole = sorted((undisturbed / 'records').glob('*.json'))[0]
+    (tmp_path / 'records').mkdir()
+    (tmp_path / 'records' / whole.name).write_text(damage(whole.read_text()))
+    with pytest.raises(ValueError, match=whole.name): load_records(tmp_path)
+    assert json.loads(whole.read_text())['schema'] == 1
