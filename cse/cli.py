@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/25_cli.ipynb #e2b261e0
+# %% ../nbs/25_cli.ipynb #3bb195bb
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Surface anomaly detection with contrastively selected embedding: fit on good images, find defects.')
 
@@ -25,18 +25,22 @@ def _stop(message, status):
 @contextmanager
 def _errors():
     "Turn the errors of the library into a sentence and an exit status."
-    from cse.data import DataError
     from cse.config import ConfigError
-    from cse.experiments import GridError
+    from cse.data import DataError
+    from cse.detector import ModelError
+    from cse.experiments import GridError, RecordError
+    from cse.export import ExportError
+    from cse.features import EngineError, WeightsError
+    from cse.metrics import MetricError
+    from cse.report import ReportError
+    from cse.scoring import CalibrationError
+    from cse.training import TrainingError
     try: yield
-    except typer.Exit: raise
     except GridError as e: _stop(e, 1)
-    except (ConfigError, DataError, ValueError, RuntimeError, OSError) as e:
-        if not str(e): raise
-        _stop(e, 2)
+    except (CalibrationError, ConfigError, DataError, EngineError, ExportError, MetricError, ModelError, RecordError, ReportError, TrainingError, WeightsError, OSError) as e: _stop(e, 2)
     except KeyboardInterrupt: _stop('interrupted; what was finished is kept', 130)
 
-# %% ../nbs/25_cli.ipynb #71309710
+# %% ../nbs/25_cli.ipynb #251120b6
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda or cuda:N.')]
@@ -51,10 +55,20 @@ def _settings(pairs, **others):
     found = {k: v for k, v in others.items() if v}
     for pair in pairs or []:
         name, equals, text = pair.partition('=')
-        if not equals: raise ConfigError(f'--set {pair}: expected NAME=VALUE, such as epochs=20')
+        if not equals or name == 'profile': raise ConfigError(f'--set {pair}: expected NAME=VALUE, such as epochs=20, and --profile for a profile')
         try: found[name] = json.loads(text)
         except ValueError: found[name] = text
     return found
+
+def _decides(detector, alpha):
+    "Can the detector decide with this share of false alarms? A note says why not."
+    from cse.config import ConfigError
+    from cse.scoring import CalibrationError
+    if not 0 < alpha < 1: raise ConfigError(f'--alpha {alpha}: expected a number between 0 and 1')
+    try:
+        if detector.calibration: return detector.calibration.allowed(alpha) >= 0
+    except CalibrationError as e: typer.echo(f'note: no decisions, {e}', err=True)
+    return False
 
 def _load(model, device, weights=''):
     "A saved detector."
@@ -91,9 +105,9 @@ def fit(
         typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {output}')
         if detector.interrupted: _stop(f'interrupted after {len(detector.history)} of {config.epochs} epochs; the detector has the best weights so far, and the same command goes on', 130)
 
-# %% ../nbs/25_cli.ipynb #8aa4d417
+# %% ../nbs/25_cli.ipynb #eab843b8
 def _overlays(detector, scores, folder, top):
-    "Write pictures of the maps over the prepared images, under the names of the files."
+    "Write pictures of the maps over the prepared images, under the names of the files and .png."
     from PIL import Image
     from cse.data import Images
     from cse.scoring import overlay
@@ -101,7 +115,8 @@ def _overlays(detector, scores, folder, top):
     high = float(scores.coarse[scores.image == scores.image].max())
     for i, path in enumerate(scores.paths):
         if scores.image[i] != scores.image[i]: continue
-        target = (folder/Path(path).relative_to(top)).with_suffix('.png')
+        target = folder/Path(path).relative_to(top)
+        target = target.with_name(f'{target.name}.png')
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay(images[i], scores[i:i + 1].map[0], high)).save(target)
 
@@ -123,21 +138,19 @@ def score(
     """
     with _errors():
         import numpy as np
+        from cse.config import ConfigError
         from cse.data import replacing
-        from cse.scoring import CalibrationError
+        top = folder if folder.is_dir() else folder.parent
+        if overlays and folder.is_dir() and overlays.resolve().is_relative_to(top.resolve()): raise ConfigError(f'--overlays {overlays}: lies in the folder that is scored; expected another one')
         detector = _load(model, device, weights)
-        if overlays and detector.config.anomaly_map == 'none': raise ValueError("--overlays: this detector was fitted with anomaly_map='none'; it has no maps")
+        if overlays and detector.config.anomaly_map == 'none': raise ConfigError("--overlays: this detector was fitted with anomaly_map='none'; it has no maps")
+        decide = _decides(detector, alpha)
         scores = detector.score(folder, progress=not quiet)
         rows = [dict(path=path, score=None if np.isnan(s) else float(s)) for path, s in zip(scores.paths, scores.image)]
         if detector.calibration:
-            try: detector.calibration.allowed(alpha)
-            except CalibrationError as e:
-                decide = False
-                typer.echo(f'note: no decisions, {e}', err=True)
-            else: decide = True
             for row, p in zip(rows, detector.calibration.p_values(scores.image)):
                 row |= dict(p_value=None if np.isnan(p) else float(p)) | ({} if not decide else dict(decision=None if np.isnan(p) else 'defective' if p <= alpha + 1e-12 else 'good'))
-        if overlays: _overlays(detector, scores, overlays, folder if folder.is_dir() else folder.parent)
+        if overlays: _overlays(detector, scores, overlays, top)
         if as_json: typer.echo(json.dumps(dict(model=str(model), alpha=alpha, images=rows)))
         else:
             def write(file):
@@ -149,11 +162,11 @@ def score(
             else: write(sys.stdout)
         if missing := sum(r['score'] is None for r in rows): _stop(f'{missing} of {len(rows)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #eedc2fd2
+# %% ../nbs/25_cli.ipynb #c7469e83
 @app.command()
 def evaluate(
     model: Model,
-    category: Annotated[Path, typer.Argument(help='Folder of a category in MVTec layout, with test/good and test/<defect>.')],
+    category: Annotated[Path, typer.Argument(help='Folder of a category in MVTec layout, with train/good, test/good and test/<defect>.')],
     alpha: Alpha = 0.05,
     weights: Weights = '',
     device: Device = 'auto',
@@ -171,16 +184,15 @@ def evaluate(
         scores = detector.score(found.test, progress=not quiet)
         low, high = auroc_interval(found.labels, scores.image)
         about = dict(images=len(found.test), good=int((found.labels == 0).sum()), auroc=auroc(found.labels, scores.image), auroc_low=low, auroc_high=high)
-        if detector.calibration:
+        if _decides(detector, alpha):
             flagged = detector.calibration.p_values(scores.image) <= alpha + 1e-12
-            detector.calibration.allowed(alpha)
             about |= dict(alpha=alpha, false_positive_rate=float(flagged[found.labels == 0].mean()), detection_rate=float(flagged[found.labels == 1].mean()))
         if found.masks and scores.coarse is not None:
             masks, maps = read_masks(found, detector.config), scores.map
             about |= dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)))
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
 
-# %% ../nbs/25_cli.ipynb #11d46886
+# %% ../nbs/25_cli.ipynb #136f5006
 @app.command('export')
 def export_(
     model: Model,
@@ -196,12 +208,14 @@ def export_(
         from cse.config import ConfigError
         from cse.export import FORMATS, export
         if to not in FORMATS: raise ConfigError(f'--to {to}: expected one of {", ".join(FORMATS)}')
-        typer.echo(export(_load(model, 'cpu', weights), output or model.with_suffix(FORMATS[to]), to))
+        beside = model.resolve().parent/(model.resolve().name.removesuffix('.cse') + FORMATS[to])
+        typer.echo(export(_load(model, 'cpu', weights), output or beside, to))
 
 @app.command()
 def tables(
     numbers: Annotated[Optional[list[int]], typer.Argument(help='Numbers of tables, 1 to 5; all if not given.')] = None,
-    data: Annotated[str, typer.Option(help='Folder of categories in MVTec layout; built-in surfaces if not given. Table 2: a release of TILDA.')] = '',
+    data: Annotated[str, typer.Option(help='Folder of categories in MVTec layout; built-in surfaces if not given.')] = '',
+    tilda: Annotated[str, typer.Option(help='A release of TILDA, or another folder of categories, for Table 2; built-in textiles if not given.')] = '',
     textures: Annotated[str, typer.Option(help='Folder of textures, such as dtd/images.')] = '',
     profile: Annotated[str, typer.Option(help='smoke, paper or official.')] = 'smoke',
     methods: Annotated[str, typer.Option(help="Names, or 'all'; the table's own if not given.")] = '',
@@ -216,15 +230,19 @@ def tables(
     """
     with _errors():
         from cse.config import ConfigError
-        from cse.experiments import run_table
+        from cse.experiments import GridError, run_table
         from cse.report import PUBLISHED, publish
         from cse.speed import run_speed
-        own = {4: 'classifier,cse', 5: 'all'}
-        for number in numbers or PUBLISHED:
+        own, failed = {4: 'classifier,cse', 5: 'all'}, []
+        for number in numbers or ():
             if number not in PUBLISHED: raise ConfigError(f'table {number}: expected one of {", ".join(map(str, PUBLISHED))}')
-            given = dict(data=data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device)
-            records = run_speed(**given) if number == 3 else run_table(number, **given)
-            typer.echo(publish(records, number, results))
+        for number in numbers or PUBLISHED:
+            given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device)
+            try: typer.echo(publish(run_speed(**given) if number == 3 else run_table(number, **given), number, results))
+            except GridError as e:
+                typer.echo(f'error: table {number}: {e}', err=True)
+                failed.append(str(number))
+        if failed: _stop(f'failed: table {", ".join(failed)}; what was finished is on record', 1)
 
 @app.command('show-config')
 def show_config(

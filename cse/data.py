@@ -6,10 +6,10 @@
 __all__ = ['IMAGE_SUFFIXES', 'MVTEC_COUNTS', 'TILDA_COUNTS', 'DataError', 'read_image', 'resize_crop', 'image_files', 'as_image',
            'Images', 'seed_for', 'seeded', 'split', 'Category', 'tilda_frames', 'tilda_split', 'categories',
            'load_category', 'read_masks', 'files_fingerprint', 'category_fingerprint', 'published_name', 'cache_folder',
-           'replacing', 'texture_images', 'Stopwatch']
+           'replacing', 'check_writable', 'texture_images', 'Stopwatch']
 
-# %% ../nbs/01_data.ipynb #c0646ddf
-import functools, hashlib, os, re, struct, time
+# %% ../nbs/01_data.ipynb #d1fc5508
+import functools, hashlib, os, re, struct, tempfile, time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
-from .config import TILDA_FABRICS, Config
+from .config import TILDA_FABRICS, Config, ConfigError
 
 # %% ../nbs/01_data.ipynb #8da52373
 class DataError(ValueError):
@@ -107,7 +107,7 @@ def as_image(
     if low < 0 or high > 1: raise DataError(f'{name}: holds values from {low:.3g} to {high:.3g}; expected [0, 1]')
     return value.float().expand(3, -1, -1)
 
-# %% ../nbs/01_data.ipynb #b7a97074
+# %% ../nbs/01_data.ipynb #f59acbf5
 class Images:
     "Prepared images from a folder, paths, images in memory or a `Dataset`: a sequence of 3×crop×crop tensors."
     def __init__(self,
@@ -136,9 +136,9 @@ class Images:
     def __getitem__(self, i):
         if self.paths: return resize_crop(read_image(self.paths[i]), self.config, self.paths[i])
         value, name = self.source[i], f'image {i}'
-        image = as_image(value[0] if isinstance(value, (tuple, list)) else value, name)
-        side = self.config.crop
-        return image.contiguous() if image.shape[-2:] == (side, side) else resize_crop(image, self.config, name)
+        value, side = value[0] if isinstance(value, (tuple, list)) else value, self.config.crop
+        image, prepared = as_image(value, name), isinstance(value, torch.Tensor) and value.shape[-2:] == (side, side)
+        return image.contiguous() if prepared else resize_crop(image, self.config, name)
 
     def batches(self,
         size: int = 32, # Images a batch
@@ -366,7 +366,7 @@ def published_name(
     if MVTEC_COUNTS.get(category.name) == (train, good, bad): return 'MVTec AD'
     return 'TILDA' if re.fullmatch('tilda[1-8]', category.name) and (train + good, bad) == TILDA_COUNTS else None
 
-# %% ../nbs/01_data.ipynb #7b1f9d8f
+# %% ../nbs/01_data.ipynb #c0535146
 def cache_folder() -> Path: # Made if it is missing
     "Where generated data, textures and compiled models are kept between runs: $CSE_CACHE, else ~/.cache/cse."
     folder = Path(os.environ.get('CSE_CACHE') or Path.home()/'.cache'/'cse')
@@ -385,6 +385,15 @@ def replacing(
         yield temporary
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
+
+def check_writable(
+    folder: str | Path, # Made if it is missing
+):
+    "Raise `ConfigError` if no file can be written there, before any work is done for it."
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e: raise ConfigError(f'{folder}: no file can be written there ({e.strerror}); expected a folder that takes files') from e
 
 # %% ../nbs/01_data.ipynb #3545c1f0
 def texture_images(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #c02b797e
+# %% ../nbs/09_detector.ipynb #759f1598
 import hashlib, json, logging
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint
-from .data import DataError, Images, Stopwatch, replacing, seeded, split, texture_images
+from .data import DataError, Images, Stopwatch, check_writable, replacing, seeded, split, texture_images
 from .surfaces import builtin_textures
 from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor, compile_openvino
@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #26dbb87f
+# %% ../nbs/09_detector.ipynb #fbed8914
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -94,9 +94,11 @@ class Detector:
         strides = self.extractor.strides
         if any(b != 2 * a for a, b in zip(strides, strides[1:])):
             raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; those of {config.extractor} have strides {strides}')
+        if folder: check_writable(folder)
         cache = FeatureCache(fitted, self.extractor, config, clock, progress)
         self.fitted_on = dict(images=len(fitted), sha256=hashlib.sha256(cache.images.cpu().numpy()).hexdigest())
-        key = digest([type(self).__name__, fingerprint(config), self.seed, self.fitted_on, self.extractor.origin['sha256'], len(defects.textures), hashlib.sha256(np.asarray(defects.textures[:1])).hexdigest()])
+        key = digest([type(self).__name__, fingerprint(config), self.seed, self.fitted_on, self.extractor.origin['sha256'],
+                      hashlib.sha256(np.ascontiguousarray(defects.textures)).hexdigest()]) if folder else ''
         resume = Progress(Path(folder)/'training.pt', key) if folder else None
         result = self._learn(cache, defects, clock, progress, resume)
         self.history, self.best_epoch, self.interrupted, self._head, self._fitted = result.history, result.best_epoch, result.interrupted, None, True
@@ -161,15 +163,15 @@ class Detector:
     def p_values(self,
         images, # As for `score`
     ) -> np.ndarray: # N values in (0, 1]; NaN for an image that cannot be read
-        "How likely a good image scores as high, at most (see `Calibration`)."
-        if not self.calibration: raise CalibrationError('this detector is not calibrated; call calibrate(images) with good images that took no part in fitting, or fit(images, held_out=0.2)')
+        "Share of good images that score as high, as the calibration estimates it (see `Calibration`)."
+        if not self.calibration: raise CalibrationError('this detector is not calibrated; call calibrate(images) with good images that took no part in fitting')
         return self.calibration.p_values(self.score(images).image)
 
     def predict(self,
         images, # As for `score`
         alpha: float = 0.05, # Share of good images that may be flagged
     ) -> np.ndarray: # N integers: 0 good, 1 defective
-        "Decide, with at most the share `alpha` of false alarms. Raises `CalibrationError` for a share that the calibration cannot promise, and `DataError` for an image that cannot be read."
+        "Decide, with at most the share `alpha` of false alarms in the mean over calibrations. Raises `CalibrationError` for a share that the calibration cannot promise, and `DataError` for an image that cannot be read."
         values = self.p_values(images)
         self.calibration.allowed(alpha)
         if np.isnan(values).any(): raise DataError(f'image {int(np.isnan(values).argmax())}: cannot be read; expected images that can be decided on')

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
            'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'latency', 'record_name', 'run_key',
-           'check_writable', 'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid',
-           'read_parameters', 'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
+           'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters',
+           'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
-# %% ../nbs/20_experiments.ipynb #5fe925a8
+# %% ../nbs/20_experiments.ipynb #d08f062c
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, torch
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint, from_profile
-from .data import DataError, Images, categories, category_fingerprint, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
+from .data import DataError, Images, categories, category_fingerprint, check_writable, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
 from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from .detector import CSE
 from .classifier import ClassifierDetector
@@ -110,7 +110,7 @@ def latency(
         found.append(1000 * (time.perf_counter() - start))
     return dict(zip(('low', 'median', 'high'), np.percentile(found[3:], [5, 50, 95]).round(3).tolist()), repeats=repeats)
 
-# %% ../nbs/20_experiments.ipynb #ef4562af
+# %% ../nbs/20_experiments.ipynb #9cfb27a4
 RECORD_SCHEMA = 1
 
 def record_name(
@@ -133,15 +133,6 @@ def run_key(
     weights = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else config.weights
     decides = [RECORD_SCHEMA, method, fingerprint(config.replace(weights=weights)), data['fingerprint'], textures['fingerprint'], category, seed]
     return record_name(f'{method}-{data["name"]}-{category}-{config.profile}-seed{seed}', decides)
-
-def check_writable(
-    folder: str | Path, # Made if it is missing
-):
-    "Raise `ConfigError` if no file can be written there, before any work is done for it."
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e: raise ConfigError(f'{folder}: no file can be written there ({e.strerror}); expected a folder for records') from e
 
 def write_record(
     path: str | Path, # Where it goes

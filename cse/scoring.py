@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MemoryBank', 'Head', 'enlarge_maps', 'Scores', 'overlay', 'CalibrationError', 'Calibration']
 
-# %% ../nbs/08_scoring.ipynb #e967873f
-import math
+# %% ../nbs/08_scoring.ipynb #f4da6805
+import copy, math
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class MemoryBank:
         chosen = self.prototypes[d.argmin(1) if self.reduction == 'min' else d.argmax(1)]
         return (chosen - z).square().sum(1) / (2 * z.shape[2] * z.shape[3])
 
-# %% ../nbs/08_scoring.ipynb #aa789b6c
+# %% ../nbs/08_scoring.ipynb #ff91641e
 class Head(nn.Module):
     "From feature maps to anomaly scores and coarse maps, for inference."
     def __init__(self,
@@ -96,6 +96,11 @@ class Head(nn.Module):
     ):
         super().__init__()
         self.embedder, self.bank = FoldedEmbedder(embedder), bank
+
+    def _apply(self, fn, recurse=True): # prototypes go where the weights go
+        self.bank = copy.copy(self.bank)
+        self.bank.prototypes = fn(self.bank.prototypes)
+        return super()._apply(fn, recurse)
 
     def forward(self,
         *features: torch.Tensor, # A map a layer, N×C×H×W, finest first
@@ -150,7 +155,7 @@ def overlay(
     image = image.permute(1, 2, 0).numpy()
     return (255 * (image + 0.7 * share * (colormaps['inferno'](share[..., 0])[..., :3] - image))).round().astype(np.uint8)
 
-# %% ../nbs/08_scoring.ipynb #72c78209
+# %% ../nbs/08_scoring.ipynb #89480782
 class CalibrationError(ValueError):
     "A threshold that cannot be had from the calibration images."
 
@@ -168,7 +173,7 @@ class Calibration:
     def p_values(self,
         scores, # N anomaly scores
     ) -> np.ndarray: # N values in [1/(n+1), 1], small for anomalous images; NaN for NaN
-        "How likely a good image scores as high, at most."
+        "Share of good images that score as high, the calibration images and the image itself counted."
         scores = np.asarray(scores, np.float64)
         above = len(self) - np.searchsorted(self.scores, scores, 'left')
         return np.where(np.isnan(scores), np.nan, (1 + above) / (len(self) + 1))

@@ -82,7 +82,7 @@ def bare_extractor(
     if form == 'fused': extractor.compile()
     return Scorer(_prepare(config, extractor), lambda image: extractor(image)[-1].mean().item(), lambda: extractor.info, form)
 
-# %% ../nbs/24_speed.ipynb #14cc8e44
+# %% ../nbs/24_speed.ipynb #63d8efd7
 SURFACE_IMAGES = 253 # training images of a surface of MVTec AD: 280, 230, 247, 245 and 264
 
 def peer_as_trained(
@@ -98,7 +98,7 @@ def peer_as_trained(
         model, share, positions = peer.network.model, peer.parameters['coreset_sampling_ratio'], math.prod(peer.extractor(torch.zeros(1, 3, side, side))[0].shape[2:])
         shape = int(share * SURFACE_IMAGES * positions), model.memory_bank.shape[1]
         model.memory_bank = torch.randn(shape, generator=seeded(seed, 'bank')).to(model.memory_bank)
-    return Scorer(_prepare(peer.config, peer.extractor), lambda image: peer._scored(image)[0].item(), lambda: peer.extractor.info)
+    return Scorer(_prepare(peer.config, peer.extractor), lambda image: peer._scored(image)[0].item(), lambda: peer.extractor.info, 'as trained')
 
 # %% ../nbs/24_speed.ipynb #8c9b0766
 TIMED = { # name → function of configuration and seed

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['expected_range', 'measure_thresholds', 'thresholds_table', 'write_thresholds']
 
-# %% ../nbs/26_thresholds.ipynb #aa1bc5b1
+# %% ../nbs/26_thresholds.ipynb #349561cf
 import itertools
 from pathlib import Path
 import numpy as np, pandas as pd
 from .config import ConfigError, from_profile
-from .data import load_category, replacing
+from .data import Images, load_category, replacing
 from .scoring import CalibrationError
 from .detector import CSE
 from .experiments import as_list, as_seeds, as_settings, default_categories, resolve_data
@@ -29,7 +29,7 @@ def expected_range(
     low, high = betabinom.ppf([(1 - level) / 2, (1 + level) / 2], tested, count + 1, len(calibration) - count)
     return max(low, 0) / tested, high / tested
 
-# %% ../nbs/26_thresholds.ipynb #02c10d54
+# %% ../nbs/26_thresholds.ipynb #65730afa
 def measure_thresholds(
     data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
     textures: str = '', # Folder of textures; empty for built-in ones
@@ -50,7 +50,7 @@ def measure_thresholds(
         root, _ = resolve_data(data, [name])
         found = load_category(root, name, config)
         detector = CSE(config, textures or None, seed).fit(found.train, progress=False, held_out=held_out)
-        scores, good = detector.score(found.test).image, found.labels == 0
+        scores, good = detector.score(Images(found.test, config).check()).image, found.labels == 0
         for alpha in shares:
             about = dict(category=name, seed=seed, calibration=len(detector.calibration), good=int(good.sum()), alpha=alpha)
             try: flagged, (low, high) = scores > detector.calibration.threshold(alpha), expected_range(detector.calibration, alpha, int(good.sum()))

@@ -186,7 +186,7 @@ class _Validation:
             embeddings.append(z)
         return torch.cat(losses).mean().item(), collapse_statistics(torch.cat(embeddings))
 
-# %% ../nbs/07_training.ipynb #709bbf34
+# %% ../nbs/07_training.ipynb #a3dc167c
 class Progress:
     "A training's state on disk, whole after every epoch."
     def __init__(self,
@@ -204,7 +204,7 @@ class Progress:
     def read(self) -> dict | None: # What was written last; None if nothing was
         "Raises `TrainingError` for a file that is damaged or belongs to another training. Loads tensors and plain values only."
         if not self.path.exists(): return None
-        try: state = torch.load(self.path, weights_only=True)
+        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
             raise TrainingError(f'{self.path}: is no state of a training; delete it to start anew') from e
         if not isinstance(state, dict) or state.get('key') != self.key:

@@ -50,6 +50,29 @@ def test_every_kind_of_input_scores_alike(detector, good):
     for single in (files[0], str(files[0]), opened[0], arrays[0]): assert np.allclose(detector.score(single).image, expected[:1], rtol=1e-4)
 
 
+def test_images_of_the_size_of_the_crop_are_prepared_like_files(detector, tmp_path):
+    array = np.random.default_rng(0).integers(256, size=(224, 224, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / 'small.png')
+    by_file = Images(tmp_path, detector.config)[0]
+    assert torch.equal(Images(array, detector.config)[0], by_file) and torch.equal(Images(Image.fromarray(array), detector.config)[0], by_file)
+    assert torch.equal(Images(by_file[None], detector.config)[0], by_file)  # a tensor of that size is prepared already
+
+
+def test_interrupted_run_leaves_no_record(surface, tmp_path, monkeypatch):
+    from cse import experiments, training
+    def validate(self, network, losses_of, epoch):
+        if epoch: raise KeyboardInterrupt
+        return 1.0, dict(variance=1.0, between_images=1.0, dimensions=1.0)
+    monkeypatch.setattr(training._Validation, '__call__', validate)
+    with pytest.raises(KeyboardInterrupt): experiments.run(Config.smoke(**SMALL), surface, 'gravel', results=tmp_path)
+    assert not list((tmp_path / 'records').glob('*.json'))
+
+
+def test_prototypes_go_where_the_head_goes(detector):
+    head = detector.head().double()
+    assert head.bank.prototypes.dtype == torch.float64 and head.bank._matrix.dtype == torch.float64 and detector.bank.prototypes.dtype == torch.float32
+
+
 def test_grey_arrays_of_8_and_16_bits():
     grey = np.arange(64 * 64).reshape(64, 64)
     config = Config(resize=40, crop=32)
@@ -158,16 +181,17 @@ def test_command_line(wood, saved, tmp_path):
     found = json.loads(cse('score', saved, folder, '--alpha', 0.1, '--json', '-q').stdout)
     assert [set(i) for i in found['images']] == [{'path', 'score', 'p_value', 'decision'}] * len(list(folder.iterdir()))
     done = cse('score', saved, folder, '--alpha', 0.1, '--csv', tmp_path / 'out.csv', '--overlays', tmp_path / 'maps', '-q')
-    assert done.exit_code == 0 and not done.stdout and len((tmp_path / 'out.csv').read_text().splitlines()) == 1 + len(found['images']) and len(list((tmp_path / 'maps').iterdir())) == len(found['images'])
+    assert done.exit_code == 0 and not done.stdout and len((tmp_path / 'out.csv').read_text().splitlines()) == 1 + len(found['images']) and sorted(p.name for p in (tmp_path / 'maps').iterdir()) == sorted(f'{p.name}.png' for p in folder.iterdir())
     about = json.loads(cse('evaluate', saved, wood, '--alpha', 0.1, '--json', '-q').stdout)
     assert {'auroc', 'false_positive_rate', 'detection_rate', 'pixel_auroc', 'aupro'} < about.keys() and about['images'] == 60
     assert json.loads(cse('show-config', 'paper', '--json').stdout) == Config.paper().to_dict()
-    assert 'no decisions' in cse('score', saved, folder, '--alpha', 0.001, '-q').stderr
+    for few in (cse('score', saved, folder, '--alpha', 0.001, '-q'), cse('evaluate', saved, wood, '--alpha', 0.001, '-q')): assert 'no decisions' in few.stderr and few.exit_code == 0
 
 
 def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
-    for i, path in enumerate(sorted((wood / 'test/good').iterdir())[:3]): (tmp_path / f'{i}.png').write_bytes(path.read_bytes()[:None if i else 99])
-    done = cse('score', saved, tmp_path, '--json', '-q', '--overlays', tmp_path / 'maps')
+    (folder := tmp_path / 'images').mkdir()
+    for i, path in enumerate(sorted((wood / 'test/good').iterdir())[:3]): (folder / f'{i}.png').write_bytes(path.read_bytes()[:None if i else 99])
+    done = cse('score', saved, folder, '--json', '-q', '--overlays', tmp_path / 'maps')
     images = json.loads(done.stdout)['images']
     assert done.exit_code == 1 and images[0]['score'] is None and images[1]['score'] > 0 and '1 of 3 images could not be read' in done.stderr and len(list((tmp_path / 'maps').iterdir())) == 2
 
@@ -176,7 +200,8 @@ def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
     (('fit', 'nowhere', '-o', 'x'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs'), 'NAME=VALUE'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs=-1'), 'epochs=-1'),
     (('fit', '{wood}', '-o', 'x', '--profile', 'best'), 'best'), (('fit', '{wood}', '-o', 'x', '--textures', 'nowhere'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--weights', 'nothing.pth'), 'no such file'),
     (('fit', '{wood}', '-o', 'x', '--held-out', '2'), 'held_out'), (('score', 'nowhere', '{wood}'), 'no such file'), (('score', '{saved}', 'nowhere'), 'no such folder'), (('score', '{saved}', '{wood}', '--device', 'abacus'), 'abacus'),
-    (('evaluate', '{saved}', '{wood}/train'), 'train'), (('export', '{saved}', '--to', 'tflite'), 'tflite'), (('export', '{saved}', '-o', 'x.txt'), 'x.txt'), (('tables', '9'), '9'), (('tables', '1', '--methods', 'patchwork'), 'patchwork'),
+    (('evaluate', '{saved}', '{wood}/train'), 'train'), (('export', '{saved}', '--to', 'tflite'), 'tflite'), (('export', '{saved}', '-o', 'x.txt'), 'x.txt'), (('score', '{saved}', '{wood}/test', '--overlays', '{wood}/test/maps'), 'another one'), (('score', '{saved}', '{wood}/test', '--alpha', '5'), 'between 0 and 1'),
+    (('fit', '{wood}', '-o', 'x', '--set', 'profile=paper'), '--profile'), (('tables', '9'), '9'), (('tables', '1', '--methods', 'patchwork'), 'patchwork'),
     (('tables', '1', '--seeds', 'many'), 'many'), (('show-config', 'best'), 'best')])
 def test_mistakes_on_the_command_line_end_in_a_sentence(wood, saved, tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)

@@ -140,7 +140,7 @@ def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
     assert str(tmp_path) not in json.dumps(record)
 
 
-def test_test_images_have_no_part_in_fitting(anomalib, images, tiny):
+def test_a_score_does_not_depend_on_the_images_beside_it(anomalib, images, tiny):
     "anomalib validates on test images by default; a method that never sees them scores the same however many there are."
     method = FastFlow(tiny).fit(images.train, progress=False)
     whole = method.score(images.test).image

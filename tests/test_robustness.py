@@ -3,7 +3,8 @@ import json, os, random, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from cse.config import Config, ConfigError
-from cse.experiments import check_writable, load_records, run
+from cse.data import check_writable
+from cse.experiments import load_records, run
 from cse.report import comparison
 
 KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 2))

@@ -8,8 +8,8 @@ __all__ = ['PLAIN', 'RESNETS', 'PEERS', 'FeatureDetector', 'Distance', 'MeanDist
            'FastFlow', 'FittedBottleneck', 'FittedDecoder', 'mirrors_resnet', 'bottleneck_and_decoder',
            'ReverseDistillation']
 
-# %% ../../nbs/12_peers.anomalib.ipynb #ff2508c2
-import io, logging, random, sys, tempfile, warnings
+# %% ../../nbs/12_peers.anomalib.ipynb #530a47be
+import io, logging, random, signal, sys, tempfile, threading, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from ..training import TrainingError
 from ..scoring import Scores
 from ..detector import Detector
 
-# %% ../../nbs/12_peers.anomalib.ipynb #42cef1f1
+# %% ../../nbs/12_peers.anomalib.ipynb #32299d05
 class FeatureDetector(Detector):
     "A detector that learns from the features of defect-free images alone. Subclasses have `_learn(cache, progress)`, which returns a network."
     def fit(self,
@@ -35,7 +35,7 @@ class FeatureDetector(Detector):
         progress: bool = True, # Show bars
     ): # Itself
         "Fit on defect-free images. Bad images or weights raise before training starts."
-        images, self.clock, self._fitted = Images(images, self.config), Stopwatch(), False
+        images, self.clock, self._fitted, self.calibration = Images(images, self.config), Stopwatch(), False, None
         with self.clock('load'): self.extractor = FeatureExtractor.from_config(self.config)
         cache = FeatureCache(images, self.extractor, self.config, self.clock, progress)
         with self.clock('learn'): self.network, self._head, self._fitted = self._learn(cache, progress), None, True
@@ -138,7 +138,7 @@ class Batches:
         for rows in order.split(self.config.batch_size):
             yield SimpleNamespace(image=Features([f[rows].to(self.device).contiguous() for f in self.cache.features], self.config.crop))
 
-# %% ../../nbs/12_peers.anomalib.ipynb #a3c90e43
+# %% ../../nbs/12_peers.anomalib.ipynb #dba9114d
 def _history(bar):
     "A callback that keeps the mean loss of each epoch; its base class is loaded when it is needed."
     from lightning.pytorch import Callback
@@ -153,6 +153,15 @@ def _history(bar):
             bar.set_postfix(loss=f'{loss:.3g}')
             bar.update()
     return History()
+
+@contextmanager
+def _interruptible():
+    "Lightning answers Ctrl-C by leaving Python and takes no further one; this gives back the usual exception and the handler."
+    main, handler = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    try: yield
+    except SystemExit: raise KeyboardInterrupt from None
+    finally:
+        if main: signal.signal(signal.SIGINT, handler)
 
 def engine_fit(
     module, # A Lightning module of anomalib
@@ -170,7 +179,7 @@ def engine_fit(
     history, cpu = _history(bar), device.type == 'cpu'
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine([history], default_root_dir=folder, barebones=True, max_epochs=epochs, accelerator='cpu' if cpu else 'gpu', devices=1 if cpu else [device.index or 0])
-        engine.fit(module, datamodule=Data())
+        with _interruptible(): engine.fit(module, datamodule=Data())
     return history.epochs if module.configure_optimizers() else []
 
 # %% ../../nbs/12_peers.anomalib.ipynb #ba26de29

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['resized_shape', 'Resized', 'Cropped', 'resize_matrix', 'Preparation', 'CseModel', 'Gathering', 'Cse']
 
-# %% ../../nbs/12_peers.anomalib_model.ipynb #f3333e33
+# %% ../../nbs/12_peers.anomalib_model.ipynb #24e94fe4
 from pathlib import Path
 from typing import Any
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.transforms.v2.functional import crop, resize
