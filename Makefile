@@ -42,7 +42,7 @@ $(READY): settings.ini setup.py
 test: export CUDA_VISIBLE_DEVICES :=
 test: $(READY)
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers 2
-	timeout 1800 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # papermill opens its output anew, which would empty a file; hence the pipes
 papermill = $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file /dev/stdout

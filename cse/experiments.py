@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_meth
            'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters',
            'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
 
-# %% ../nbs/20_experiments.ipynb #d08f062c
+# %% ../nbs/20_experiments.ipynb #fa5103f2
 import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,11 +20,13 @@ from .data import DataError, Images, categories, category_fingerprint, check_wri
 from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from .detector import CSE
 from .classifier import ClassifierDetector
-from .peers import anomalib, mixed_teacher, rdpp
+from .peers.anomalib import PEERS
+from .peers.mixed_teacher import PEERS as MIXED_TEACHER
+from .peers.rdpp import PEERS as RDPP
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
 
-# %% ../nbs/20_experiments.ipynb #488134bc
-METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | anomalib.PEERS | rdpp.PEERS | mixed_teacher.PEERS
+# %% ../nbs/20_experiments.ipynb #7988bfb3
+METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | PEERS | RDPP | MIXED_TEACHER
 
 def make_method(
     name: str, # A key of `METHODS`
