@@ -105,7 +105,7 @@ def fit(
         typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {output}')
         if detector.interrupted: _stop(f'interrupted after {len(detector.history)} of {config.epochs} epochs; the detector has the best weights so far, and the same command goes on', 130)
 
-# %% ../nbs/25_cli.ipynb #eab843b8
+# %% ../nbs/25_cli.ipynb #7c4cd2c6
 def _overlays(detector, scores, folder, top):
     "Write pictures of the maps over the prepared images, under the names of the files and .png."
     from PIL import Image
@@ -148,8 +148,9 @@ def score(
         scores = detector.score(folder, progress=not quiet)
         rows = [dict(path=path, score=None if np.isnan(s) else float(s)) for path, s in zip(scores.paths, scores.image)]
         if detector.calibration:
-            for row, p in zip(rows, detector.calibration.p_values(scores.image)):
-                row |= dict(p_value=None if np.isnan(p) else float(p)) | ({} if not decide else dict(decision=None if np.isnan(p) else 'defective' if p <= alpha + 1e-12 else 'good'))
+            for row, p in zip(rows, detector.calibration.p_values(scores.image)): row['p_value'] = None if np.isnan(p) else float(p)
+        if decide:
+            for row, flag in zip(rows, detector.calibration.flags(scores.image, alpha)): row['decision'] = None if row['score'] is None else 'defective' if flag else 'good'
         if overlays: _overlays(detector, scores, overlays, top)
         if as_json: typer.echo(json.dumps(dict(model=str(model), alpha=alpha, images=rows)))
         else:
@@ -162,7 +163,7 @@ def score(
             else: write(sys.stdout)
         if missing := sum(r['score'] is None for r in rows): _stop(f'{missing} of {len(rows)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #c7469e83
+# %% ../nbs/25_cli.ipynb #0b266969
 @app.command()
 def evaluate(
     model: Model,
@@ -185,7 +186,7 @@ def evaluate(
         low, high = auroc_interval(found.labels, scores.image)
         about = dict(images=len(found.test), good=int((found.labels == 0).sum()), auroc=auroc(found.labels, scores.image), auroc_low=low, auroc_high=high)
         if _decides(detector, alpha):
-            flagged = detector.calibration.p_values(scores.image) <= alpha + 1e-12
+            flagged = detector.calibration.flags(scores.image, alpha)
             about |= dict(alpha=alpha, false_positive_rate=float(flagged[found.labels == 0].mean()), detection_rate=float(flagged[found.labels == 1].mean()))
         if found.masks and scores.coarse is not None:
             masks, maps = read_masks(found, detector.config), scores.map

@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #fbed8914
+# %% ../nbs/09_detector.ipynb #6e70fbe6
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -160,22 +160,25 @@ class Detector:
             if maps is not None: maps[list(errors)] = np.nan
         return Scores(scores, maps, self.config.crop, images.paths)
 
+    def _calibrated(self):
+        if not self.calibration: raise CalibrationError('this detector is not calibrated; call calibrate(images) with good images that took no part in fitting')
+        return self.calibration
+
     def p_values(self,
         images, # As for `score`
     ) -> np.ndarray: # N values in (0, 1]; NaN for an image that cannot be read
         "Share of good images that score as high, as the calibration estimates it (see `Calibration`)."
-        if not self.calibration: raise CalibrationError('this detector is not calibrated; call calibrate(images) with good images that took no part in fitting')
-        return self.calibration.p_values(self.score(images).image)
+        return self._calibrated().p_values(self.score(images).image)
 
     def predict(self,
         images, # As for `score`
         alpha: float = 0.05, # Share of good images that may be flagged
     ) -> np.ndarray: # N integers: 0 good, 1 defective
         "Decide, with at most the share `alpha` of false alarms in the mean over calibrations. Raises `CalibrationError` for a share that the calibration cannot promise, and `DataError` for an image that cannot be read."
-        values = self.p_values(images)
-        self.calibration.allowed(alpha)
-        if np.isnan(values).any(): raise DataError(f'image {int(np.isnan(values).argmax())}: cannot be read; expected images that can be decided on')
-        return (values <= alpha + 1e-12).astype(int)
+        self._calibrated().allowed(alpha)
+        scores = self.score(images).image
+        if np.isnan(scores).any(): raise DataError(f'image {int(np.isnan(scores).argmax())}: cannot be read; expected images that can be decided on')
+        return self.calibration.flags(scores, alpha).astype(int)
 
     def anomaly_map(self,
         images, # As for `score`

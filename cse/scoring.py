@@ -108,7 +108,7 @@ class Head(nn.Module):
         z = self.embedder(features)
         return self.bank.score(z), self.bank.maps(z)
 
-# %% ../nbs/08_scoring.ipynb #0257a330
+# %% ../nbs/08_scoring.ipynb #5ee4de3b
 def enlarge_maps(
     maps: torch.Tensor, # N×h×w
     size: int, # Side of the images, pixels
@@ -133,8 +133,8 @@ class Scores:
 
     @property
     def map(self):
-        "N×size×size float32 anomaly maps, or None where the method has none."
-        if self.coarse is None: return None
+        "N×size×size float32 anomaly maps, or None where the method has none. Maps that have that size already are taken as they are."
+        if self.coarse is None or self.coarse.shape[-1] == self.size: return self.coarse
         return torch.cat([enlarge_maps(m, self.size) for m in torch.from_numpy(self.coarse).split(64)]).numpy()
 
     def __len__(self): return len(self.image)
@@ -155,7 +155,7 @@ def overlay(
     image = image.permute(1, 2, 0).numpy()
     return (255 * (image + 0.7 * share * (colormaps['inferno'](share[..., 0])[..., :3] - image))).round().astype(np.uint8)
 
-# %% ../nbs/08_scoring.ipynb #89480782
+# %% ../nbs/08_scoring.ipynb #98a2cd4e
 class CalibrationError(ValueError):
     "A threshold that cannot be had from the calibration images."
 
@@ -192,6 +192,13 @@ class Calibration:
     ) -> float: # An image is flagged if its score is above
         "The score above which p ≤ alpha."
         return float(self.scores[len(self) - 1 - self.allowed(alpha)])
+
+    def flags(self,
+        scores, # N anomaly scores
+        alpha: float, # Share of good images that may be flagged, between 0 and 1
+    ) -> np.ndarray: # N values, true for images to be flagged; NaN is not
+        "Which scores are above the threshold."
+        return np.asarray(scores, np.float64) > self.threshold(alpha)
 
     def false_positive_range(self,
         alpha: float, # Share of good images that may be flagged, between 0 and 1

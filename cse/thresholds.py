@@ -16,7 +16,7 @@ from .detector import CSE
 from .experiments import as_list, as_seeds, as_settings, default_categories, resolve_data
 from .report import Markdown, markdown
 
-# %% ../nbs/26_thresholds.ipynb #3707f5a9
+# %% ../nbs/26_thresholds.ipynb #558c0c3e
 def expected_range(
     calibration, # A `Calibration`
     alpha: float, # Share of good images that may be flagged
@@ -27,9 +27,9 @@ def expected_range(
     from scipy.stats import betabinom
     count = calibration.allowed(alpha)
     low, high = betabinom.ppf([(1 - level) / 2, (1 + level) / 2], tested, count + 1, len(calibration) - count)
-    return max(low, 0) / tested, high / tested
+    return low / tested, high / tested
 
-# %% ../nbs/26_thresholds.ipynb #ea2b740f
+# %% ../nbs/26_thresholds.ipynb #435de3ec
 def measure_thresholds(
     data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
     textures: str = '', # Folder of textures; empty for built-in ones
@@ -47,19 +47,20 @@ def measure_thresholds(
     shares = [float(a) for a in as_list(alphas, 'alphas')]
     for a in shares:
         if not 0 < a < 1: raise ConfigError(f'alphas={a}: expected numbers between 0 and 1')
-    for name, seed in itertools.product(as_list(categories, 'categories') or default_categories(data), as_seeds(seeds)):
-        root, source = resolve_data(data, [name])
+    names = as_list(categories, 'categories') or default_categories(data)
+    root, source = resolve_data(data, names)
+    for name, seed in itertools.product(names, as_seeds(seeds)):
         found = load_category(root, name, config)
         detector = CSE(config, textures or None, seed).fit(found.train, progress=False, held_out=held_out)
         scores, good = detector.score(Images(found.test, config).check()).image, found.labels == 0
         for alpha in shares:
             about = dict(category=name, seed=seed, calibration=len(detector.calibration), good=int(good.sum()), alpha=alpha)
-            try: flagged, (low, high) = scores > detector.calibration.threshold(alpha), expected_range(detector.calibration, alpha, int(good.sum()))
+            try: flagged, (low, high) = detector.calibration.flags(scores, alpha), expected_range(detector.calibration, alpha, int(good.sum()))
             except CalibrationError: rows.append(about | dict.fromkeys(('flagged', 'low', 'high', 'detected'), np.nan))
             else: rows.append(about | dict(flagged=flagged[good].mean(), low=low, high=high, detected=flagged[~good].mean()))
     frame = pd.DataFrame(rows)
-    if results: _write(frame, Path(results)/'tables'/f'thresholds-{source.replace(" ", "-")}-{profile}', f'**Thresholds.** Data: {source}. Profile: {profile}. Seeds: {len(set(frame.seed))}. '
-                       f'Held out for the calibration: {held_out:.0%} of the training images.')
+    words = f'**Thresholds.** Data: {source}. Profile: {profile}. Seeds: {len(set(frame.seed))}. Held out for the calibration: {held_out:.0%} of the training images.'
+    if results: _write(frame, Path(results)/'tables'/f'thresholds-{source.replace(" ", "-")}-{profile}', words)
     return frame
 
 # %% ../nbs/26_thresholds.ipynb #fe5e5d9d

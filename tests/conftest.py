@@ -64,10 +64,8 @@ def pytest_terminal_summary(terminalreporter):
     if not os.environ.get('ROBUSTNESS_KILLS'):
         return
     passed = terminalreporter.stats.get('passed', [])
-    names = [r.nodeid.split('::')[0].split('/')[-1] for r in passed]
-    kills = sum(int(v) for r in passed for k, v in r.user_properties if k == 'kills')
-    damaged = sum('changed' in r.nodeid or 'damaged' in r.nodeid for r in passed)
-    bad = names.count('test_bad_input.py') + sum('refused' in r.nodeid or 'mistakes' in r.nodeid for r in passed if 'test_bad_input' not in r.nodeid)
-    properties = names.count('test_properties.py') - 1
-    terminalreporter.write_line(f'robustness: {bad} cases of bad input, {damaged} tests of damaged or changed files (one of them of 120 random bytes), {properties} properties of 60 examples each, '
-                                f'{kills} grids killed, {len(terminalreporter.stats.get("failed", []))} failures')
+    count = lambda word: sum(word in r.nodeid for r in passed)
+    noted = lambda name: sum(int(v) for r in passed for k, v in r.user_properties if k == name)
+    from test_properties import EXAMPLES
+    terminalreporter.write_line(f'robustness: {count("test_bad_input.py") + count("mistakes") + count("that_are_no_images")} cases of bad input, {noted("damaged")} damaged model files, {count("test_damaged_record")} damaged records, '
+                                f'{count("test_properties.py")} properties of {EXAMPLES} examples each, {noted("kills")} grids killed, {len(terminalreporter.stats.get("failed", []))} failures')

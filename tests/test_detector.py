@@ -163,7 +163,7 @@ def test_changed_model_is_refused(saved, tmp_path, change, words):
     with pytest.raises(ModelError, match=words): CSE.load(tmp_path)
 
 
-def test_any_changed_byte_of_a_saved_detector_is_refused(saved, tmp_path):
+def test_any_changed_byte_of_a_saved_detector_is_refused(saved, tmp_path, record_property):
     draws = np.random.default_rng(0)
     for name in ('model.json', 'model.safetensors'):
         whole = (saved / name).read_bytes()
@@ -174,6 +174,7 @@ def test_any_changed_byte_of_a_saved_detector_is_refused(saved, tmp_path):
             try: loaded = CSE.load(tmp_path)
             except ModelError as e: assert str(tmp_path) in str(e)
             else: assert name == 'model.json' and json.loads(damaged) == json.loads(whole), loaded # white space
+    record_property('damaged', 120)
 
 
 def test_command_line(wood, saved, tmp_path):

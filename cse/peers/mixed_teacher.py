@@ -6,7 +6,7 @@
 __all__ = ['DIFFERENCES', 'SAME_EXTRACTOR', 'PEERS', 'ReducedStudent', 'pooled', 'ShallowTeacher', 'shallow_layers', 'Students',
            'branch_losses', 'train_students', 'branch_map', 'mix', 'MixedHead', 'Mixed', 'MixedTeacher']
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #fc39ad7d
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #027ebf41
 import copy, math
 from functools import partial
 import timm, torch
@@ -20,7 +20,7 @@ from ..features import FeatureCache, FeatureExtractor, compile_openvino
 from ..losses import decoder_loss, reduce_loss
 from ..training import TrainingError, make_optimiser
 from ..scoring import enlarge_maps
-from .anomalib import FeatureDetector, FullScores, Peer, global_seed
+from .anomalib import Settled, global_seed
 
 # %% ../../nbs/12_peers.mixed_teacher.ipynb #c7f4c296
 class ReducedStudent(nn.Module):
@@ -179,13 +179,12 @@ SAME_EXTRACTOR = ( # of the form on the same extractor
     'the deep teacher is the extractor of the run, where the original has EfficientNet-b0',
 )
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #a50dac50
-class MixedTeacher(FeatureDetector):
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #492e3491
+class MixedTeacher(Settled):
     "Disagreement of two students with their teachers (Thomine et al. 2023)."
     settings = dict(epochs=100, batch_size=8, lr=4e-4, max_lr_factor=10.0, cycle_momentum=True, weight_decay=0.0,
                     embedder_batchnorm='frozen', checkpoint='last')
     smoke, published = dict(epochs=4), dict(resize=256, crop=256, layers=(3, 4))
-    settle = classmethod(Peer.settle.__func__)
 
     def __init__(self,
         config: Config = None, # Every setting; `Config.paper()` if not given
@@ -218,15 +217,6 @@ class MixedTeacher(FeatureDetector):
     def _scored(self, images):
         if self._head is None: self._head = self.head()
         return self._head(images.to(self.extractor.device), *self.shallow(images), *self.extractor(images))
-
-    def score(self,
-        images, # Images of any kind: a folder, files, an N×3×H×W tensor in [0, 1], or a Dataset
-        progress: bool = False, # Show a bar
-        batch_size: int = 16, # Images that pass together
-    ) -> FullScores: # Scores, maps and paths, in the order of the images
-        "Anomaly scores, as those of `Detector`."
-        found = super().score(images, progress, batch_size)
-        return FullScores(found.image, found.coarse, found.size, found.paths)
 
     def fuse(self): return Mixed(self.shallow.model, self.extractor.model, self.head()).eval()
 

@@ -6,7 +6,7 @@
 __all__ = ['PEERS', 'simplex_noise', 'octave_noise', 'add_noise', 'projection', 'cosine_loss', 'contrast_loss', 'transport_loss',
            'losses', 'RDppNetwork', 'RDpp']
 
-# %% ../../nbs/12_peers.rdpp.ipynb #0f6a970a
+# %% ../../nbs/12_peers.rdpp.ipynb #adc66aec
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from ..config import Config, ConfigError
 from ..data import seed_for, seeded
 from ..training import TrainingError
 from ..scoring import enlarge_maps
-from .anomalib import Peer, bottleneck_and_decoder, global_seed, mirrors_resnet, quiet
+from .anomalib import ReverseDistillation, bottleneck_and_decoder, global_seed, quiet
 
 # %% ../../nbs/12_peers.rdpp.ipynb #91570f49
 _GRADIENTS = np.array([np.where(np.arange(3) == k, 11, 4) * (x, y, z) for z, y, x in product((1, -1), (1, -1), (-1, 1)) for k in range(3)], float)
@@ -150,17 +150,15 @@ class RDppNetwork(nn.Module):
         maps = enlarge_maps(maps, self.side, sigma=4)
         return maps.amax((1, 2)), maps
 
-# %% ../../nbs/12_peers.rdpp.ipynb #b06898f8
-class RDpp(Peer):
+# %% ../../nbs/12_peers.rdpp.ipynb #f93f2810
+class RDpp(ReverseDistillation):
     "Reverse Distillation behind projections that learn from simplex noise (Tien et al. 2023)."
-    settings = dict(epochs=100, batch_size=16, lr=5e-3, weight_decay=0.0)
-    smoke, published = dict(epochs=10), dict(resize=256, crop=256, layers=(1, 2, 3))
+    settings = ReverseDistillation.settings | dict(epochs=100)
     parameters = dict(projection_lr_factor=0.2, betas=[0.5, 0.999], accumulation=2, original_epochs='carpet, leather 10; wood 100; grid, tile 260')
 
     def __init__(self, *args, **kw):
         if not find_spec('geomloss'): raise ConfigError("RDpp needs geomloss, which is not installed: pip install 'cse[peers]'")
         super().__init__(*args, **kw)
-        self.about['decoder'] = 'mirrored ResNet' if mirrors_resnet(self.config) else 'fitted to the features'
 
     def _learn(self, cache, progress):
         config, device, self.history = self.config, self.extractor.device, []
