@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #759f1598
+# %% ../nbs/09_detector.ipynb #f4239954
 import hashlib, json, logging
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor, compile_openvino
 from .model import Embedder
 from .training import Progress, pair_splits, train
-from .scoring import Calibration, CalibrationError, Head, MemoryBank, Scores
+from .scoring import Calibration, CalibrationError, Head, JointHead, MemoryBank, PatchGaussians, Scores
 
 # %% ../nbs/09_detector.ipynb #658b8ab8
 class Fused(nn.Module):
@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #6e70fbe6
+# %% ../nbs/09_detector.ipynb #9e0dba88
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -70,6 +70,8 @@ class Detector:
         "Refuse a number of images that cannot be trained on."
         pair_splits(count, self.config, self.seed)
 
+    def _layers(self): return self.config.layers
+
     def _textures(self):
         if self.textures is None: return builtin_textures(self.config.crop)
         return texture_images(self.textures, self.config.crop, self.config.workers) if isinstance(self.textures, (str, Path)) else self.textures
@@ -90,7 +92,7 @@ class Detector:
         if kept: kept.check()
         self.clock = clock = Stopwatch()
         with clock('textures'): defects = DefectGenerator(self._textures(), config.texture_channels, config.grey_textures)
-        with clock('load'): self.extractor = FeatureExtractor.from_config(config)
+        with clock('load'): self.extractor = FeatureExtractor.from_config(config, self._layers())
         strides = self.extractor.strides
         if any(b != 2 * a for a, b in zip(strides, strides[1:])):
             raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; those of {config.extractor} have strides {strides}')
@@ -188,27 +190,41 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #040cfbcd
+# %% ../nbs/09_detector.ipynb #fc3b3da6
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
-    embedder = bank = None # Of a fitted detector
+    embedder = bank = density = standards = None # Of a fitted detector, the last two where raw features join the score
+
+    def _layers(self): return self.config.extracted
 
     def _check(self, count):
         super()._check(count)
         if count < self.config.clusters: raise DataError(f'{count} images for clusters={self.config.clusters}; expected at least as many images as clusters')
 
     def _learn(self, cache, defects, clock, progress, resume=None):
-        result = train(cache, self.extractor, defects, self.config, self.seed, clock, progress, resume)
-        self.embedder = result.network
-        with clock('bank'):
-            with torch.no_grad():
-                z = [self.embedder([f[rows].to(self.extractor.device) for f in cache.features])[1] for rows in torch.arange(len(cache)).split(32)]
+        own = cache.coarsest(len(self.config.layers))
+        result = train(own, self.extractor, defects, self.config, self.seed, clock, progress, resume)
+        self.embedder, self.density = result.network, None
+        with clock('bank'), torch.no_grad():
+            z = [self.embedder([f[rows].to(self.extractor.device) for f in own.features])[1] for rows in torch.arange(len(cache)).split(32)]
             self.bank = MemoryBank.from_config(self.config).fit(torch.cat(z), self.seed)
+            if self.config.density_layers: self._fit_density(cache)
         return result
 
-    def head(self) -> Head: # A network from feature maps to scores and coarse maps, in eval mode
+    def _fit_density(self, cache):
+        seen, _, held_out, _ = pair_splits(len(cache), self.config, self.seed)
+        density = PatchGaussians(self.config.density_channels, seed=self.seed)
+        maps = density.fit([cache.features[i] for i in self._density_places()], seen, held_out)
+        self.density, self.standards = density, None
+        self.standards = self.head().fit([f[held_out].to(self.extractor.device) for f in cache.features], maps).standards
+
+    def _density_places(self): return [self.config.extracted.index(layer) for layer in self.config.density_layers]
+
+    def head(self) -> Head | JointHead: # A network from feature maps to scores and coarse maps, in eval mode
         "What follows the extractor, folded for inference."
-        return Head(self.embedder, self.bank).eval().to(self.extractor.device)
+        head = Head(self.embedder, self.bank)
+        if self.density: head = JointHead(head, self.density, self._density_places(), self.config.embedding_weight, self.standards)
+        return head.eval().to(self.extractor.device)
 
     def save(self,
         folder: str | Path, # Made if it is missing
@@ -217,8 +233,10 @@ class CSE(Detector):
         self._ready()
         folder = Path(folder)
         tensors = {f'embedder.{k}': v.cpu().contiguous() for k, v in self.embedder.state_dict().items()} | {'prototypes': self.bank.prototypes.cpu().contiguous()}
+        if self.density:
+            tensors |= {f'density.{k}': v.cpu().contiguous() for k, v in self.density.state_dict().items()} | {'standards': self.standards.cpu()}
         data = save_tensors(tensors)
-        about = dict(schema=SCHEMA, config=self.config.to_dict(), seed=self.seed, channels=self.extractor.channels, extractor=self.extractor.origin,
+        about = dict(schema=SCHEMA, config=self.config.to_dict(), seed=self.seed, channels=self.embedder.channels, extractor=self.extractor.origin,
                      best_epoch=self.best_epoch, history=self.history, fitted_on=self.fitted_on, calibration=self.calibration and self.calibration.scores.tolist(),
                      tensors_sha256=hashlib.sha256(data).hexdigest())
         about |= dict(sha256=_checksum(about))
@@ -236,25 +254,29 @@ class CSE(Detector):
         for name in runtime.keys() - set(allowed): raise ConfigError(f'{name}={runtime[name]!r}: expected one of {", ".join(allowed)}')
         about, tensors = _read_model(Path(folder))
         self = cls(Config.from_dict(about['config']).replace(**runtime), seed=about['seed'])
-        self.extractor = FeatureExtractor.from_config(self.config)
+        self.extractor = FeatureExtractor.from_config(self.config, self._layers())
         if self.extractor.origin['sha256'] != about['extractor']['sha256']:
             raise ModelError(f'{folder}: was fitted with other weights of {self.config.extractor}; expected SHA-256 {about["extractor"]["sha256"]}')
         self.embedder = Embedder(about['channels'], self.config.embedding_dim)
         self.bank = MemoryBank.from_config(self.config)
-        prototypes = tensors.pop('prototypes')
+        prototypes, standards = tensors.pop('prototypes'), tensors.pop('standards', None)
+        density = {k.removeprefix('density.'): tensors.pop(k) for k in list(tensors) if k.startswith('density.')}
+        if bool(density) != bool(self.config.density_layers) or bool(density) != (standards is not None):
+            raise ModelError(f'{folder}/model.safetensors: does not fit model.json (density_layers={self.config.density_layers})')
         try: self.embedder.load_state_dict({k.removeprefix('embedder.'): v for k, v in tensors.items()})
         except RuntimeError as e: raise ModelError(f'{folder}/model.safetensors: does not fit model.json ({str(e).splitlines()[-1].strip()})') from e
         self.embedder.eval().to(self.extractor.device)
+        if density: self.density, self.standards = PatchGaussians(self.config.density_channels, seed=self.seed).restore(density).to(self.extractor.device), standards
         self.bank.prototypes, self.history, self.best_epoch = prototypes.to(self.extractor.device), about['history'], about['best_epoch']
         self.fitted_on, self._fitted = about.get('fitted_on', {}), True
         if about.get('calibration'): self.calibration = Calibration(about['calibration'])
         return self
 
-# %% ../nbs/09_detector.ipynb #3602cb47
+# %% ../nbs/09_detector.ipynb #d6cae1cc
 class ModelError(ValueError):
     "A saved detector that cannot be used."
 
-SCHEMA = 2 # of saved detectors
+SCHEMA = 3 # of saved detectors
 
 def _checksum(about):
     "SHA-256 of what `model.json` says, the checksum aside."

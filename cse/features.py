@@ -6,8 +6,8 @@
 __all__ = ['PACKAGED', 'CHUNK', 'TOLERANCE', 'WeightsError', 'load_model', 'EngineError', 'compile_openvino', 'pick_device',
            'FeatureExtractor', 'FeatureCache']
 
-# %% ../nbs/04_features.ipynb #93713acb
-import hashlib, logging, tempfile, warnings
+# %% ../nbs/04_features.ipynb #2ef214bc
+import copy, hashlib, logging, tempfile, warnings
 from importlib import import_module, util
 from pathlib import Path
 import numpy as np, timm, torch
@@ -162,7 +162,7 @@ def pick_device(
         raise ConfigError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices; 'cpu' works everywhere")
     return found
 
-# %% ../nbs/04_features.ipynb #8425120d
+# %% ../nbs/04_features.ipynb #73d19397
 class FeatureExtractor:
     "A frozen network from N×3×H×W images in [0, 1] to a list of feature maps, finest first (§3.2)."
     def __init__(self,
@@ -189,7 +189,8 @@ class FeatureExtractor:
         self._exact, self._compiled, self.difference = engine == 'openvino', {}, None
 
     @classmethod
-    def from_config(cls, config: Config): return cls(config.extractor, config.weights, config.layers, config.device, config.engine, config.precision)
+    def from_config(cls, config: Config, layers: tuple = None): # other feature maps than `config.layers`
+        return cls(config.extractor, config.weights, layers or config.layers, config.device, config.engine, config.precision)
 
     def compile(self):
         "Let `torch.compile` optimise the network, on the torch engine; OpenVINO has compiled it already."
@@ -233,7 +234,7 @@ class FeatureExtractor:
         if self.engine == 'openvino' and size not in self._compiled: self._compiled[size] = self._compile(size)
         return self._compiled[size](images) if self.engine == 'openvino' else self._torch(images)
 
-# %% ../nbs/04_features.ipynb #052759c5
+# %% ../nbs/04_features.ipynb #8625b005
 def _allocate(shape, device):
     "A float32 tensor on a device, or, without one, mapped from a temporary file that goes when the tensor goes."
     if device: return torch.empty(shape, device=device)
@@ -269,3 +270,11 @@ class FeatureCache:
                 bar.update(len(batch))
 
     def __len__(self): return len(self.images)
+
+    def coarsest(self,
+        maps: int, # How many
+    ) -> 'FeatureCache': # The same images and their coarsest feature maps
+        "A view of the cache without its finer maps."
+        view = copy.copy(self)
+        view.features = self.features[-maps:]
+        return view

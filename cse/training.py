@@ -19,13 +19,14 @@ from .features import FeatureCache, FeatureExtractor
 from .model import Decoder, Embedder, freeze
 from .losses import contrastive_cosine_loss, decoder_loss, reduce_loss, total_loss
 
-# %% ../nbs/07_training.ipynb #0ca3a3fd
+# %% ../nbs/07_training.ipynb #12366cc7
 def pair_splits(
     count: int, # Number of defect-free images
     config: Config, # Its `validation_share` and `pair_splits` are used
     seed: int, # Seed of the run
 ) -> tuple: # Training indices of the first and second image, validation indices of the first and second
     "Which images are paired in training and in validation (§4.1)."
+    seed = config.source_seed(seed, 'split')
     train, validation = split(count, config.validation_share, seeded(seed, 'split'))
     if config.pair_splits == 'one': return train, train, validation, validation
     train2, validation2 = split(count, config.validation_share, seeded(seed, 'second split'))
@@ -43,7 +44,7 @@ def pair_up(
     if same: return first, first.roll(1 if generator is None else int(torch.randint(1, n, (), generator=generator)))
     return first, second if generator is None else second[torch.randperm(n, generator=generator)]
 
-# %% ../nbs/07_training.ipynb #2ecca7ff
+# %% ../nbs/07_training.ipynb #55210387
 def partners(
     cache: FeatureCache, # Images and features of the defect-free images
     indices: torch.Tensor, # The second images of some pairs
@@ -61,7 +62,7 @@ def partners(
         with clock('defects'):
             corrupted, _, _ = defects(cache.images[indices[defective]].to(extractor.device), [g for g, d in zip(generators, defective) if d])
         with clock('extractor'):
-            for f, new in zip(features, extractor(corrupted)): f[defective.to(f.device)] = new
+            for f, new in zip(features, extractor(corrupted)[-len(features):]): f[defective.to(f.device)] = new
     return features, defective.to(extractor.device)
 
 # %% ../nbs/07_training.ipynb #2c89b25f
@@ -90,7 +91,7 @@ def collapse_statistics(
     return dict(variance=(spread / z.square().mean().clamp(min=1e-12)).item(),
                 between_images=(z.var(0, unbiased=False).mean() / spread).item(), dimensions=torch.exp(-(shares * shares.log()).sum()).item())
 
-# %% ../nbs/07_training.ipynb #aaf403f2
+# %% ../nbs/07_training.ipynb #af499176
 class TrainingError(RuntimeError):
     "A training that cannot go on."
 
@@ -106,9 +107,9 @@ def make_embedder(
     seed: int, # Seed of the run
 ) -> Embedder: # With its initial weights
     "A fresh embedder."
-    return _initialised(lambda: Embedder(channels, config.embedding_dim), seed, 'embedder')
+    return _initialised(lambda: Embedder(channels, config.embedding_dim), config.source_seed(seed, 'weights'), 'embedder')
 
-# %% ../nbs/07_training.ipynb #6bc91ae9
+# %% ../nbs/07_training.ipynb #3767c671
 def make_decoder(
     cache: FeatureCache, # Features of the defect-free images
     train: torch.Tensor, # Which of them may be trained on
@@ -119,13 +120,13 @@ def make_decoder(
     "The decoder for one of the four modes (§5.2, Table 5)."
     if config.decoder == 'none': return None
     channels = [f.shape[1] for f in cache.features]
-    decoder = _initialised(lambda: Decoder(channels, config.embedding_dim), seed, 'decoder').to(device).train()
+    decoder = _initialised(lambda: Decoder(channels, config.embedding_dim), config.source_seed(seed, 'weights'), 'decoder').to(device).train()
     if config.decoder == 'joint': return decoder
     if config.decoder == 'pretrained':
         embedder = make_embedder(channels, config, seed).to(device).train()
         optimiser, schedule = make_optimiser(embedder, decoder, config, len(train))
         for epoch in range(config.epochs):
-            order = train[torch.randperm(len(train), generator=seeded(seed, 'decoder', epoch))]
+            order = train[torch.randperm(len(train), generator=seeded(config.source_seed(seed, 'order'), 'decoder', epoch))]
             for batch in order.split(config.batch_size):
                 features = [f[batch].to(device) for f in cache.features]
                 _step(optimiser, schedule, loss := reduce_loss(decoder_loss(decoder(embedder(features)[0]), features), config.loss_reduction))
@@ -165,13 +166,13 @@ class Training:
 
 AHEAD = 8 # steps whose corrupted images pass the extractor together
 
-# %% ../nbs/07_training.ipynb #05bf9f6b
+# %% ../nbs/07_training.ipynb #e76024fc
 class _Validation:
     "Validation pairs: the same features every epoch, or drawn anew."
     def __init__(self, first, second, cache, config, seed, draw):
         self.first, self.second = pair_up(first, second, None)
-        self.cache, self.config, self.seed, self.draw = cache, config, seed, draw
-        self.fixed = self.draw(self.second, (seed, 'validation')) if config.validation_defects == 'fixed' else None
+        self.cache, self.config, self.seed, self.draw = cache, config, config.source_seed(seed, 'defects'), draw
+        self.fixed = self.draw(self.second, (self.seed, 'validation')) if config.validation_defects == 'fixed' else None
 
     @torch.no_grad()
     def __call__(self, network, losses_of, epoch):
@@ -211,7 +212,7 @@ class Progress:
             raise TrainingError(f'{self.path}: belongs to a training with other images, settings or another seed; expected the same ones, or another folder')
         return state
 
-# %% ../nbs/07_training.ipynb #03b7070c
+# %% ../nbs/07_training.ipynb #0e9a9356
 def train_network(
     network: torch.nn.Module, # To be trained
     losses_of, # Function of the features of first and second images and of which are defective: one loss a pair, and N×C×H×W embeddings
@@ -239,10 +240,10 @@ def train_network(
         try:
             for epoch in range(len(history), config.epochs):
                 network.train(epoch == 0 or config.embedder_batchnorm == 'live')
-                first, second = pair_up(train1, train2, seeded(seed, 'pairs', epoch))
+                first, second = pair_up(train1, train2, seeded(config.source_seed(seed, 'order'), 'pairs', epoch))
                 done = []
                 for i, j in zip(first.split(AHEAD * config.batch_size), second.split(AHEAD * config.batch_size)):
-                    features, defective = draw(j, (seed, 'training', epoch))
+                    features, defective = draw(j, (config.source_seed(seed, 'defects'), 'training', epoch))
                     with clock('embedder'):
                         for rows in torch.arange(len(i)).split(config.batch_size):
                             own = [f[i[rows]].to(device) for f in cache.features]
@@ -266,7 +267,7 @@ def train_network(
     network.load_state_dict(state)
     return Training(network.eval(), history, best, torch.stack(steps).cpu(), interrupted)
 
-# %% ../nbs/07_training.ipynb #13b417ab
+# %% ../nbs/07_training.ipynb #58ef2433
 def train(
     cache: FeatureCache, # Images and features of the defect-free images
     extractor: FeatureExtractor, # The frozen extractor they came from
@@ -279,7 +280,7 @@ def train(
 ) -> Training: # The embedder at its checkpoint, and the history
     "Train the embedder contrastively (§3.2–3.4, §4.1). Raises `TrainingError` if the loss is no longer a number."
     clock, device = clock or Stopwatch(), extractor.device
-    embedder = make_embedder(extractor.channels, config, seed).to(device)
+    embedder = make_embedder([f.shape[1] for f in cache.features], config, seed).to(device)
     with clock('embedder'): decoder = make_decoder(cache, pair_splits(len(cache), config, seed)[0], config, seed, device)
     losses_of = lambda first, second, defective: pair_losses(embedder, decoder, first, second, defective, config)
     return train_network(embedder, losses_of, decoder if config.decoder == 'joint' else None, cache, extractor, defects, config, seed, clock, progress, resume)
