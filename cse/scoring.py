@@ -172,7 +172,7 @@ class PatchGaussians(nn.Module):
         maps = [self._distance(i, f)[:, None] for i, f in enumerate(features)]
         return sum(F.interpolate(m, maps[0].shape[2:], mode='bilinear', align_corners=False) for m in maps)[:, 0]
 
-# %% ../nbs/08_scoring.ipynb #e0a7e890
+# %% ../nbs/08_scoring.ipynb #001ac0d6
 class JointHead(nn.Module):
     "From feature maps to joined scores and the maps of the Gaussians, for inference."
     def __init__(self,
@@ -180,11 +180,11 @@ class JointHead(nn.Module):
         density: PatchGaussians, # Fitted
         places: list, # Which of the feature maps the Gaussians describe
         weight: float = 0.5, # w, of the embedding's score
-        standards: torch.Tensor = None, # 2×2 means and standard deviations of both parts; `fit` measures them
+        standards: torch.Tensor = None, # 2×3 means and standard deviations of largest distance, embedding's score, and distance; `fit` measures them
     ):
         super().__init__()
         self.head, self.density, self.places, self.weight = head, density, places, weight
-        self.register_buffer('standards', torch.tensor([[0., 0.], [1., 1.]]) if standards is None else standards)
+        self.register_buffer('standards', torch.tensor([[0.], [1.]]).repeat(1, 3) if standards is None else standards)
 
     def _parts(self, features):
         maps = self.density([features[i] for i in self.places])
@@ -194,17 +194,16 @@ class JointHead(nn.Module):
         features: list, # A map a layer, N×C×H×W, finest first, of held-out good images
         maps: torch.Tensor, # N×H×W, what `PatchGaussians.fit` found for them
     ): # Itself
-        "Measure mean and standard deviation of both parts."
-        parts = torch.stack([maps.amax((1, 2)), self._parts(features)[1]])
-        self.standards = torch.stack([parts.mean(1), parts.std(1).clamp(min=1e-12)])
+        "Measure what is usual for good images."
+        parts = maps.amax((1, 2)), self._parts(features)[1], maps
+        self.standards = torch.stack([torch.stack([p.mean() for p in parts]), torch.stack([p.std().clamp(min=1e-12) for p in parts])])
         return self
 
     def forward(self,
         *features: torch.Tensor, # A map a layer, N×C×H×W, finest first
-    ) -> tuple[torch.Tensor, torch.Tensor]: # N scores, about 0 for good images; N×H×W maps
-        peak, embedding, maps = self._parts(features)
-        (m_d, m_e), (s_d, s_e) = self.standards
-        return (peak - m_d) / s_d + self.weight * (embedding - m_e) / s_e, maps
+    ) -> tuple[torch.Tensor, torch.Tensor]: # N scores, about 0 for good images; N×H×W maps, 0 where nothing is unusual
+        peak, embedding, maps = ((part - mean) / deviation for part, mean, deviation in zip(self._parts(features), *self.standards))
+        return peak + self.weight * embedding, maps.clamp(min=0)
 
 # %% ../nbs/08_scoring.ipynb #5ee4de3b
 def enlarge_maps(
