@@ -1,8 +1,10 @@
 # make test      everything that is checked, on a fresh clone too
-# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with competitors
+# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with competitors, SCHEDULER=processes or an address
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
 # make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
+# make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
+# make report    results/report/index.html: all results on one page that needs no network
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
 # make clean     remove what the above made, results excepted
 SHELL := bash
@@ -25,18 +27,18 @@ unless = $(if $(and $(filter $(1),$(2)),$(filter-out $(1),$(TABLES))),,$(3))
 parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTURES)) \
   $(call given,extractor,$(call unless,table3_speed,$(1),$(EXTRACTOR))) $(call given,weights,$(call unless,table3_speed,$(1),$(WEIGHTS))) \
   $(call given,methods,$(or $(call unless,table3_speed,$(1),$(METHODS)),$(if $(filter table3_speed,$(1)),all))) $(call given,categories,$(call unless,table2_tilda,$(1),$(CATEGORIES))) \
-  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE))
+  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE)) $(call given,scheduler,$(SCHEDULER))
 
 # an executed notebook keeps its parameters; where data lies on this machine is nobody's business
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
 hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS),$(call hide,$(path)))
 
-.PHONY: test tables benchmark thresholds robustness prepare clean
+.PHONY: test tables benchmark thresholds robustness cluster-test report prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,export,peers]'
+	$(BIN)/python -m pip install --quiet --editable '.[cluster,dev,export,peers,report]'
 	touch $@
 
 test: export CUDA_VISIBLE_DEVICES :=
@@ -66,12 +68,18 @@ benchmark: $(READY)
 robustness: $(READY)
 	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_properties.py tests/test_robustness.py
 
+cluster-test: $(READY)
+	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py
+
 thresholds: $(READY)
 	@mkdir -p results/notebooks
 	$(papermill) nbs/tables/thresholds.ipynb results/notebooks/thresholds-$(call name,).ipynb -p profile $(PROFILE) -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) | cat
 	$(BIN)/nbdev_clean --fname results/notebooks/thresholds-$(call name,).ipynb
 	$(hide_paths) results/notebooks/thresholds-$(call name,).ipynb
+
+report: $(READY)
+	$(BIN)/python -c 'from cse.page import write_page; print(write_page())'
 
 prepare: $(READY)
 	$(BIN)/nbdev_clean

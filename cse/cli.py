@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Quiet', 'Json', 'Device', 'Alpha', 'Model', 'Set', 'Weights', 'fit', 'score', 'evaluate', 'export_', 'tables',
-           'show_config']
+           'audit', 'show_config']
 
 # %% ../nbs/25_cli.ipynb #9e054dac
 import csv, json, sys
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/25_cli.ipynb #3bb195bb
+# %% ../nbs/25_cli.ipynb #bcbf7bac
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Surface anomaly detection with contrastively selected embedding: fit on good images, find defects.')
 
@@ -24,21 +24,12 @@ def _stop(message, status):
 
 @contextmanager
 def _errors():
-    "Turn the errors of the library into a sentence and an exit status."
-    from cse.config import ConfigError
-    from cse.data import DataError
-    from cse.detector import ModelError
-    from cse.experiments import GridError, RecordError
-    from cse.export import ExportError
-    from cse.features import EngineError, WeightsError
-    from cse.metrics import MetricError
-    from cse.report import ReportError
-    from cse.scoring import CalibrationError
-    from cse.training import TrainingError
+    "Turn the errors of the library, known by the module that defines them, into a sentence and an exit status."
     try: yield
-    except GridError as e: _stop(e, 1)
-    except (CalibrationError, ConfigError, DataError, EngineError, ExportError, MetricError, ModelError, RecordError, ReportError, TrainingError, WeightsError, OSError) as e: _stop(e, 2)
     except KeyboardInterrupt: _stop('interrupted; what was finished is kept', 130)
+    except Exception as e:
+        if not isinstance(e, OSError) and not type(e).__module__.startswith('cse.'): raise
+        _stop(e, 1 if type(e).__name__ == 'GridError' else 2)
 
 # %% ../nbs/25_cli.ipynb #251120b6
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
@@ -75,12 +66,12 @@ def _load(model, device, weights=''):
     from cse.detector import CSE
     return CSE.load(model, device=device, **({'weights': weights} if weights else {}))
 
-# %% ../nbs/25_cli.ipynb #7c518c04
+# %% ../nbs/25_cli.ipynb #e3ccd718
 @app.command()
 def fit(
     folder: Annotated[Path, typer.Argument(help='Folder of good images, searched with everything below it.')],
     output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector. An interrupted training in it is taken up again.')],
-    profile: Annotated[str, typer.Option(help='smoke, paper or official.')] = 'smoke',
+    profile: Annotated[str, typer.Option(help='smoke, paper, official or clean.')] = 'smoke',
     textures: Annotated[Optional[Path], typer.Option(help='Folder of textures for synthetic defects, such as dtd/images; built-in ones if not given.')] = None,
     extractor: Annotated[str, typer.Option(help="A timm model; empty for the profile's.")] = '',
     weights: Weights = '',
@@ -193,7 +184,7 @@ def evaluate(
             about |= dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)))
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
 
-# %% ../nbs/25_cli.ipynb #136f5006
+# %% ../nbs/25_cli.ipynb #c3e394f6
 @app.command('export')
 def export_(
     model: Model,
@@ -218,12 +209,13 @@ def tables(
     data: Annotated[str, typer.Option(help='Folder of categories in MVTec layout; built-in surfaces if not given.')] = '',
     tilda: Annotated[str, typer.Option(help='A release of TILDA, or another folder of categories, for Table 2; built-in textiles if not given.')] = '',
     textures: Annotated[str, typer.Option(help='Folder of textures, such as dtd/images.')] = '',
-    profile: Annotated[str, typer.Option(help='smoke, paper or official.')] = 'smoke',
+    profile: Annotated[str, typer.Option(help='smoke, paper, official or clean.')] = 'smoke',
     methods: Annotated[str, typer.Option(help="Names, or 'all'; the table's own if not given.")] = '',
     categories: Annotated[str, typer.Option(help='Names; those of the table if not given.')] = '',
     seeds: Annotated[str, typer.Option(help='Number of seeds, or a list.')] = '1',
     results: Annotated[str, typer.Option(help='Folder for records and tables.')] = 'results',
     device: Device = 'auto',
+    scheduler: Annotated[str, typer.Option(help='local, processes, processes:N, or the address or file of a Dask scheduler.')] = 'local',
 ):
     """Regenerate tables of the paper. Runs that are on record are read, not repeated.
 
@@ -238,16 +230,32 @@ def tables(
         for number in numbers or ():
             if number not in PUBLISHED: raise ConfigError(f'table {number}: expected one of {", ".join(map(str, PUBLISHED))}')
         for number in numbers or PUBLISHED:
-            given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device)
+            given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device, scheduler=scheduler)
             try: typer.echo(publish(run_speed(**given) if number == 3 else run_table(number, **given), number, results))
             except GridError as e:
                 typer.echo(f'error: table {number}: {e}', err=True)
                 failed.append(str(number))
         if failed: _stop(f'failed: table {", ".join(failed)}; what was finished is on record', 1)
 
+@app.command()
+def audit(
+    results: Annotated[Path, typer.Argument(help='Folder of results, with records and tables.')] = Path('results'),
+    as_json: Json = False,
+):
+    """Check every record and rebuild every table. Exit status 1 if something does not fit.
+
+    Example: cse audit results
+    """
+    with _errors():
+        from dataclasses import asdict
+        from cse.audit import audit as check
+        report = check(results)
+        typer.echo(json.dumps(dict(counts=report.counts, findings=[asdict(f) for f in report.findings], unchecked=report.unchecked), default=str) if as_json else report)
+        if not report.ok: raise typer.Exit(1)
+
 @app.command('show-config')
 def show_config(
-    profile: Annotated[str, typer.Argument(help='smoke, paper or official.')],
+    profile: Annotated[str, typer.Argument(help='smoke, paper, official or clean.')],
     as_json: Json = False,
 ):
     """Every setting of a profile, with its meaning and what is allowed.

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LATTICE', 'THRESHOLD', 'SMALLEST', 'STRUCTURAL', 'TEXTURAL', 'GRID', 'KINDS', 'perlin_noise', 'turn', 'draw_masks',
            'shift_hsv', 'mirror', 'rotate', 'brightness', 'saturation', 'hue', 'gamma', 'multiply_add', 'sharpness',
-           'hue_saturation', 'solarize', 'posterize', 'invert', 'autocontrast', 'equalize', 'augment', 'shuffle_grid',
-           'blur', 'DefectGenerator', 'plain_augment', 'plain_noise', 'plain_defect']
+           'hue_saturation', 'solarize', 'posterize', 'invert', 'autocontrast', 'equalize', 'augment', 'take',
+           'unshuffle', 'structural', 'textural', 'blur', 'blurry', 'DefectGenerator', 'plain_augment', 'plain_noise',
+           'plain_defect']
 
 # %% ../nbs/03_defects.ipynb #5dc21533
 import math
@@ -14,7 +15,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from .data import DataError
 
-# %% ../nbs/03_defects.ipynb #bc9d066a
+# %% ../nbs/03_defects.ipynb #bbfe1079
 LATTICE = 33 # points an axis that 2⁵ cells need
 
 def perlin_noise(
@@ -29,7 +30,8 @@ def perlin_noise(
     t = (1 - offset.abs()).clamp(min=0)
     weight = t ** 3 * (t * (6 * t - 15) + 10)
     (wy, wx), (oy, ox) = (table[which].unbind(1) for table in (weight, weight * offset))
-    return math.sqrt(2) * (oy @ angles.sin() @ wx.mT + wy @ angles.cos() @ ox.mT)
+    rows = torch.cat([oy @ angles.sin(), wy @ angles.cos()], 2).mul_(math.sqrt(2))
+    return rows @ torch.cat([wx, ox], 2).mT
 
 # %% ../nbs/03_defects.ipynb #69603239
 def turn(
@@ -41,7 +43,7 @@ def turn(
     turned = torch.complex(*torch.broadcast_tensors(x, y[:, None])) * torch.polar(torch.ones_like(angle), angle).view(-1, 1, 1)
     return F.grid_sample(images, torch.view_as_real(turned), align_corners=False)
 
-# %% ../nbs/03_defects.ipynb #fbcf0d94
+# %% ../nbs/03_defects.ipynb #1b9d210d
 THRESHOLD, SMALLEST = 0.5, 100 / 224**2 # of the noise; of the image's area
 
 def _above(values, threshold):
@@ -57,23 +59,20 @@ def draw_masks(
     def draw(which):
         u = torch.stack([torch.rand(3 + LATTICE**2, generator=generators[i]) for i in which]).to(device)
         noise = perlin_noise(size, 2 ** (u[:, :2] * 6).floor(), u[:, 3:].view(-1, LATTICE, LATTICE) * 2 * math.pi)
-        noise = turn(noise[:, None], (u[:, 2] - 0.5) * math.pi)
-        masks = _above(noise, THRESHOLD)
-        return masks, noise, masks.sum((1, 2, 3)) < SMALLEST * size**2
-    masks, noise, small = draw(range(len(generators)))
-    while small.any():
-        again = small.nonzero()[:, 0]
-        masks[again], noise[again], small[again] = draw(again.tolist())
+        return turn(noise[:, None], (u[:, 2] - 0.5) * math.pi)
+    noise = draw(range(len(generators)))
+    masks = _above(noise, THRESHOLD)
+    while small := (masks.sum((1, 2, 3)) < SMALLEST * size**2).nonzero()[:, 0].tolist():
+        noise[small] = again = draw(small)
+        masks[small] = _above(again, THRESHOLD)
     return masks, noise[:, 0]
 
-# %% ../nbs/03_defects.ipynb #3692d888
-def _per_sample(values): return values.view(-1, 1, 1, 1)
-
+# %% ../nbs/03_defects.ipynb #27a23471
 def shift_hsv(
     images: torch.Tensor, # N×3×H×W in [0, 1]
-    hue: torch.Tensor = None, # N shifts of the hue, in turns of the colour circle
-    factor: torch.Tensor = None, # N factors of the saturation
-    add: torch.Tensor = None, # N additions to the saturation, in [-1, 1]; grey pixels, whose hue is 0, turn reddish
+    hue: torch.Tensor = None, # N×1×1×1 shifts of the hue, in turns of the colour circle
+    factor: torch.Tensor = None, # N×1×1×1 factors of the saturation
+    add: torch.Tensor = None, # N×1×1×1 additions to the saturation, in [-1, 1]; grey pixels, whose hue is 0, turn reddish
 ) -> torch.Tensor: # N×3×H×W in [0, 1]
     "Change hue and saturation in HSV space, keeping the value."
     value = images.amax(1, keepdim=True)
@@ -81,38 +80,37 @@ def shift_hsv(
     if factor is not None or add is not None:
         towards = (images - value).div_(chroma.clamp(min=1e-8))
         towards[:, 1:] -= 1 - _above(chroma, 0)
-        if factor is not None: chroma = chroma * _per_sample(factor)
-        if add is not None: chroma = torch.addcmul(chroma, value, _per_sample(add))
+        if factor is not None: chroma = chroma * factor
+        if add is not None: chroma = torch.addcmul(chroma, value, add)
         chroma = torch.minimum(chroma.clamp_(min=0), value)
         images = torch.addcmul(value, towards, chroma)
     if hue is None: return images
     (r, g, b), safe = images.split(1, 1), chroma.clamp(min=1e-8)
     not_r, not_g = _above(value, r), _above(value, g) # is red, is green not the largest?
-    sector = torch.lerp(g - b, torch.lerp(b - r, r - g, not_g), not_r).div_(safe).add_(not_r.mul_(not_g.add_(1)), alpha=2).add_(_per_sample(6 * hue))
+    sector = torch.lerp(g - b, torch.lerp(b - r, r - g, not_g), not_r).div_(safe).add_(not_r.mul_(not_g.add_(1)), alpha=2).add_(6 * hue)
     sector.sub_((sector / 6).floor_(), alpha=6)
     ramps = 2 - (sector - 3).abs_(), (sector - 2).abs_() - 1, (sector - 4).abs_() - 1
     return torch.cat([torch.addcmul(value, chroma, ramp.clamp_(0, 1), value=-1) for ramp in ramps], 1)
 
-# %% ../nbs/03_defects.ipynb #801f1a7b
+# %% ../nbs/03_defects.ipynb #ea5c48a8
 def _between(u, low, high): return low + u * (high - low)
 
-def mirror(images, u): return torch.lerp(images, images.flip(-1), _per_sample((u[:, 0] < 0.5).float()))
+def mirror(images, u): return torch.lerp(images, images.flip(-1), (u[:, :1] < 0.5).float())
 
-def rotate(images, u): return turn(images, _between(u[:, 0], -math.pi / 4, math.pi / 4))
+def rotate(images, u): return turn(images, _between(u[:, 0, 0, 0], -math.pi / 4, math.pi / 4))
 
-def brightness(images, u): return (images * _per_sample(_between(u[:, 0], 0.8, 1.2))).clamp_(0, 1)
+def brightness(images, u): return (images * _between(u[:, :1], 0.8, 1.2)).clamp_(0, 1)
 
-def saturation(images, u): return shift_hsv(images, factor=_between(u[:, 0], 0.5, 1.5))
+def saturation(images, u): return shift_hsv(images, factor=_between(u[:, :1], 0.5, 1.5))
 
-def hue(images, u): return shift_hsv(images, hue=_between(u[:, 0], -50 / 255, 50 / 255))
+def hue(images, u): return shift_hsv(images, hue=_between(u[:, :1], -50 / 255, 50 / 255))
 
 STRUCTURAL = mirror, rotate, brightness, saturation, hue
 
-# %% ../nbs/03_defects.ipynb #32b09482
-def gamma(images, u): return images.clamp(min=1e-6).pow_(_between(u[:, :3], 0.5, 2).view(-1, 3, 1, 1))
+# %% ../nbs/03_defects.ipynb #1189b968
+def gamma(images, u): return images.clamp(min=1e-6).pow_(_between(u, 0.5, 2))
 
-def multiply_add(images, u):
-    return images.mul(_per_sample(_between(u[:, 0], 0.8, 1.2))).add_(_per_sample(_between(u[:, 1], -30 / 255, 30 / 255))).clamp_(0, 1)
+def multiply_add(images, u): return images.mul(_between(u[:, :1], 0.8, 1.2)).add_(_between(u[:, 1:2], -30 / 255, 30 / 255)).clamp_(0, 1)
 
 def sharpness(images, u):
     "Away from (factor > 1) or towards (< 1) a 3×3 smoothed image; the outermost pixels stay."
@@ -120,68 +118,135 @@ def sharpness(images, u):
     box = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
     smooth = images.clone()
     smooth[..., 1:-1, 1:-1].mul_(4 / 13).add_(box, alpha=1 / 13)
-    return smooth.lerp_(images, _per_sample(_between(u[:, 0], 0, 2))).clamp_(0, 1)
+    return smooth.lerp_(images, _between(u[:, :1], 0, 2)).clamp_(0, 1)
 
 def hue_saturation(images, u):
-    return shift_hsv(images, hue=_between(u[:, 0], -10 / 255, 10 / 255), add=_between(u[:, 1], -10 / 255, 10 / 255))
+    return shift_hsv(images, hue=_between(u[:, :1], -10 / 255, 10 / 255), add=_between(u[:, 1:2], -10 / 255, 10 / 255))
 
 def solarize(images, u):
-    threshold = torch.where(u[:, 0] < 0.5, _between(u[:, 1], 32 / 255, 128 / 255), 1)
-    return torch.lerp(images, 1 - images, _above(images, _per_sample(threshold)))
+    threshold = torch.where(u[:, :1] < 0.5, _between(u[:, 1:2], 32 / 255, 128 / 255), 1)
+    return torch.lerp(images, 1 - images, _above(images, threshold))
 
 def posterize(images, u):
-    step = _per_sample(2 ** (7 - (u[:, 0] * 8).floor()))
+    step = 2 ** (7 - (u[:, :1] * 8).floor())
     return (images * 255).round_().div_(step).floor_().mul_(step / 255)
 
 def invert(images, u): return 1 - images
 
-def autocontrast(images, u):
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+def autocontrast(images, u, whole=None):
+    "The range of each channel, or that of `whole`, stretched to [0, 1]."
+    whole = images if whole is None else whole
+    low, high = whole.amin((2, 3), keepdim=True), whole.amax((2, 3), keepdim=True)
     flat = high == low
     return (images - low.masked_fill(flat, 0)).div_((high - low).masked_fill_(flat, 1))
 
-# %% ../nbs/03_defects.ipynb #cdb62746
-def equalize(images, u):
-    "Histogram equalization of each channel at 256 levels, by the integer rule that PIL uses."
-    levels = (images * 255).round().long().flatten(2)
-    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=images.device).scatter_add_(2, levels, torch.ones_like(levels))
-    last = 255 - (counts.flip(2) > 0).long().argmax(2, keepdim=True)
-    step = (levels.shape[2] - counts.gather(2, last)) // 255
-    table = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device))
-    return (table.gather(2, levels).view(images.shape) / 255).float()
+# %% ../nbs/03_defects.ipynb #6d00a283
+def equalize(images, u, whole=None):
+    "Histogram equalization of each channel at 256 levels, by the integer rule that PIL uses; the histogram is that of `whole` if given."
+    whole, device, channels = images if whole is None else whole, images.device, images.shape[0] * images.shape[1]
+    first = 256 * torch.arange(channels, device=device).view(-1, images.shape[1], 1, 1) # each channel has its own 256 places
+    levels = lambda images: (images * 255).round_().add_(first).int()
+    counts = levels(whole).flatten().bincount(minlength=256 * channels).view(-1, 256)
+    last = 255 - (counts.flip(1) > 0).long().argmax(1, keepdim=True)
+    step = (whole[0, 0].numel() - counts.gather(1, last)) // 255
+    table = ((counts.cumsum(1) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    table = torch.where(step > 0, table, torch.arange(256, device=device))
+    return (table / 255).float().flatten()[levels(images)]
 
 TEXTURAL = gamma, multiply_add, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize
 
-# %% ../nbs/03_defects.ipynb #3f3763a0
+# %% ../nbs/03_defects.ipynb #4e584a1c
 def augment(
-    images: torch.Tensor, # N×3×H×W in [0, 1]
-    pool: tuple, # Augmentations to choose from
-    order: torch.Tensor, # N×3 places in `pool`
+    images: list, # N samples: images 1×3×H×W in [0, 1], or rows 1×3×1×P of pixels
+    order: list, # N lists of three augmentations; None for nothing
     u: torch.Tensor, # N×3×3 numbers in [0, 1): the strengths of each of the three
-) -> torch.Tensor: # N×3×H×W in [0, 1]
-    "Three augmentations a sample, one after the other."
-    images, order = list(images), order.tolist()
-    for turn in range(len(order[0])):
-        for place, f in enumerate(pool):
-            chosen = [i for i, places in enumerate(order) if places[turn] == place]
-            if chosen:
-                for i, image in zip(chosen, f(torch.stack([images[i] for i in chosen]), u[chosen, turn])): images[i] = image
-    return torch.stack(images)
+    rows: bool = False, # Rows, not images
+) -> list: # N samples as before
+    "Up to three augmentations a sample, one after the other."
+    images, along = list(images), 3 if rows else 0
+    for turn in range(3):
+        for f in dict.fromkeys(o[turn] for o in order if o[turn]):
+            chosen = [i for i, o in enumerate(order) if o[turn] == f]
+            sizes, strengths = [images[i].shape[along] for i in chosen], u[chosen, turn]
+            strengths = strengths.T.repeat_interleave(torch.tensor(sizes, device=u.device), 1)[None, :, None] if rows else strengths[..., None, None]
+            for i, image in zip(chosen, f(torch.cat([images[i] for i in chosen], along), strengths).split(sizes, along)): images[i] = image
+    return images
 
-# %% ../nbs/03_defects.ipynb #bb8be858
+def _split(order, turns):
+    "What comes before a turn, and what from it on."
+    return [o[:t] + [None] * (3 - t) for o, t in zip(order, turns)], [[None] * t + o[t:] for o, t in zip(order, turns)]
+
+# %% ../nbs/03_defects.ipynb #32f866ff
 GRID = 8 # cells a side
 
-def shuffle_grid(
-    images: torch.Tensor, # N×3×H×W, H and W multiples of 8
-    order: torch.Tensor, # N×64 permutations
-) -> torch.Tensor: # N×3×H×W
-    "Cut into 8×8 cells and put them together in the given order (MemSeg's structural anomaly)."
-    n, c, h, w = images.shape
-    cells = images.view(n, c, GRID, h // GRID, GRID, w // GRID).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    cells = cells.gather(1, order.view(n, -1, 1, 1, 1).expand_as(cells)).unflatten(1, (GRID, GRID))
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+def take(
+    image: torch.Tensor, # 3×H×W
+    places: torch.Tensor, # P places
+) -> torch.Tensor: # 1×3×1×P
+    "The colours at some places, as a row."
+    return image.flatten(1).index_select(1, places)[None, :, None]
 
+def unshuffle(
+    places: torch.Tensor, # P places in shuffled images
+    n: torch.Tensor, # P numbers of their samples
+    order: torch.Tensor, # N×64 permutations
+    side: int, # Of the square images, a multiple of 8, pixels
+) -> torch.Tensor: # 2×P: row and column in the image, whole numbers as floats
+    "Where pixels were before the 8×8 cells were put together in the given order (MemSeg's structural anomaly)."
+    split = lambda numbers, by: torch.stack([whole := (numbers / by).floor_(), numbers - by * whole])
+    at, size = split(places.float(), side), side // GRID
+    cell = (at / size).floor_()
+    source = order.to(at).flatten().index_select(0, (GRID * (GRID * n + cell[0]) + cell[1]).long())
+    return at + size * (split(source, GRID) - cell)
+
+# %% ../nbs/03_defects.ipynb #017f3015
+def structural(
+    images: list, # N images 3×side×side in [0, 1]
+    places: list, # N tensors of places
+    u: torch.Tensor, # N×89 numbers in [0, 1)
+) -> list: # N rows 1×3×1×P of colours
+    "Images augmented and shuffled (§3.1), at some places."
+    side, device, counts = images[0].shape[2], images[0].device, [len(p) for p in places]
+    kinds, s = u[:, 2:7].argsort(1)[:, :3], u[:, 16:25].view(-1, 3, 3)
+    sign = 1 - 2 * ((kinds == 0) & (s[..., 0] < 0.5)).any(1).float() # -1 for mirrored
+    angle = ((kinds == 1) * _between(s[..., 0], -math.pi / 4, math.pi / 4)).sum(1)
+    angle = torch.where(u[:, 2] < u[:, 3], sign * angle, angle) # mirrored first, it turns the other way
+    n = torch.arange(len(images)).repeat_interleave(torch.tensor(counts)).to(device)
+    sign, sin, cos = torch.stack([sign, angle.sin(), angle.cos()]).to(device).index_select(1, n)
+    y, x = unshuffle(torch.cat(places), n, u[:, 25:].argsort(1).to(device), side) - (side - 1) / 2
+    x = x * sign
+    y, x = x * sin + y * cos + (side - 1) / 2, x * cos - y * sin + (side - 1) / 2
+    down, right = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]], device=device)[..., None]
+    rows, columns = y.floor() + down, x.floor() + right # 4×P
+    shares = (1 - (rows - y).abs()) * (1 - (columns - x).abs())
+    for at in rows, columns: shares.mul_(at.clamp(0, side - 1) == at) # nothing comes from outside
+    at = (rows.clamp_(0, side - 1) * side + columns.clamp_(0, side - 1)).long()
+    order, rotated = [[STRUCTURAL[k] if k > 1 else None for k in row] for row in kinds.tolist()], (kinds == 1).any(1).tolist()
+    before, after = _split(order, (kinds == 1).int().argmax(1).tolist())
+    rows = [take(image, (p if r else p[0]).flatten()) for image, p, r in zip(images, at.split(counts, 1), rotated)]
+    rows = augment(rows, before, s.to(device), rows=True)
+    rows = [(row.view(1, 3, 4, -1) * w).sum(2, keepdim=True) if r else row for row, w, r in zip(rows, shares.split(counts, 1), rotated)]
+    return augment(rows, after, s.to(device), rows=True)
+
+# %% ../nbs/03_defects.ipynb #6efa2ac3
+def textural(
+    images: list, # N textures 3×H×W in [0, 1]
+    places: list, # N tensors of places
+    u: torch.Tensor, # N×89 numbers in [0, 1)
+) -> list: # N rows 1×3×1×P of colours
+    "Textures augmented (§3.1), at some places."
+    order, s = [[TEXTURAL[k] for k in row] for row in u[:, 7:16].argsort(1)[:, :3].tolist()], u[:, 16:25].view(-1, 3, 3).to(images[0].device)
+    whole = {sharpness: 1, autocontrast: 0, equalize: 0}
+    turns = [max((t + whole[f] for t, f in enumerate(o) if f in whole), default=0) for o in order]
+    images, rows = augment([image[None] for image in images], _split(order, turns)[0], s), []
+    for i, (image, at) in enumerate(zip(images, places)):
+        rows.append(take(image[0], at))
+        if (f := (order[i] + [None])[turns[i]]) in whole:
+            rows[i] = f(rows[i], None, image)
+            turns[i] += 1
+    return augment(rows, _split(order, turns)[1], s, rows=True)
+
+# %% ../nbs/03_defects.ipynb #bc78ddaf
 def blur(
     images: torch.Tensor, # N×3×H×W
     sides: torch.Tensor, # N odd kernel sides, at most 15
@@ -196,8 +261,19 @@ def blur(
     for shape in ((most, 1), (1, most)): planes = F.conv2d(planes, weights.view(-1, 1, *shape), groups=3 * n)
     return planes.view(n, 3, h, w)
 
-# %% ../nbs/03_defects.ipynb #ac7587d7
+def blurry(
+    images: list, # N images 3×H×W in [0, 1]
+    places: list, # N tensors of places
+    u: torch.Tensor, # N×89 numbers in [0, 1)
+) -> list: # N rows 1×3×1×P of colours
+    "Images blurred (§3.1), at some places."
+    blurred = blur(torch.stack(images), 5 + 2 * (u[:, 1] * 6).long())
+    return [take(image, at) for image, at in zip(blurred, places)]
+
+# %% ../nbs/03_defects.ipynb #fbcada0d
 KINDS = 'structural', 'textural', 'blurry'
+
+def _draw(generators): return torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
 
 class DefectGenerator:
     "Pastes synthetic defects into images (§3.1, Figure 3)."
@@ -213,29 +289,29 @@ class DefectGenerator:
 
     def _texture(self, places, images):
         chosen = torch.as_tensor(self.textures[places.numpy()])
-        if chosen.dtype == torch.uint8: chosen = chosen.float().div_(255)
+        if chosen.dtype == torch.uint8: chosen = chosen / 255
         if chosen.shape[-2:] != images.shape[-2:]: chosen = F.interpolate(chosen, images.shape[-2:], mode='bilinear', antialias=True).clamp_(0, 1)
         if self.channels == 'bgr': chosen = chosen.flip(1)
         return chosen.to(images)
+
+    def _paste(self, images, u, masks):
+        "Images with the sources where masks are set, and the kinds."
+        images, kinds, at = images.clone(memory_format=torch.contiguous_format), (u[:, 0] * 3).long(), masks.flatten().nonzero()[:, 0]
+        places = [p - i * masks[0].numel() for i, p in enumerate(at.split(masks.sum((1, 2, 3)).long().tolist()))]
+        for kind, source in enumerate((structural, textural, blurry)):
+            if chosen := (kinds == kind).nonzero()[:, 0].tolist():
+                of = [images[i] for i in chosen] if source != textural else self._texture((u[chosen, 1] * len(self.textures)).long(), images)
+                for i, row in zip(chosen, source(of, [places[i] for i in chosen], u[chosen])):
+                    if self.grey and source == textural: row = row.mean(1, keepdim=True).expand_as(row)
+                    images[i].flatten(1).index_copy_(1, places[i], row[0, :, 0])
+        return images, kinds
 
     def sources(self,
         images: torch.Tensor, # N×3×H×W in [0, 1]
         generators: list, # N generators, one a sample
     ) -> tuple[torch.Tensor, torch.Tensor]: # N×3×H×W sources S; N kinds, places in `KINDS`
         "What is pasted into each image."
-        u = torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
-        kinds, out = (u[:, 0] * 3).long(), list(images)
-        strengths, device = u[:, 16:25].view(-1, 3, 3).to(images.device), images.device
-        for kind, name in enumerate(KINDS):
-            chosen = torch.nonzero(kinds == kind)[:, 0]
-            if not len(chosen): continue
-            v, s, here = u[chosen], strengths[chosen.to(device)], torch.stack([images[i] for i in chosen])
-            if name == 'structural': made = shuffle_grid(augment(here, STRUCTURAL, v[:, 2:7].argsort(1)[:, :3], s), v[:, 25:].argsort(1).to(device))
-            elif name == 'textural': made = augment(self._texture((v[:, 1] * len(self.textures)).long(), here), TEXTURAL, v[:, 7:16].argsort(1)[:, :3], s)
-            else: made = blur(here, 5 + 2 * (v[:, 1] * 6).long())
-            if name == 'textural' and self.grey: made = made.mean(1, keepdim=True).expand_as(made)
-            for i, image in zip(chosen, made): out[i] = image
-        return torch.stack(out), kinds
+        return self._paste(images, _draw(generators), torch.ones_like(images[:, :1]))
 
     def __call__(self,
         images: torch.Tensor, # N×3×H×W in [0, 1], H = W a multiple of 8
@@ -248,11 +324,12 @@ class DefectGenerator:
             seeds = torch.randint(2**62, (len(images),), generator=generator)
             generator = [torch.Generator().manual_seed(int(s)) for s in seeds]
         if len(generator) != len(images): raise DataError(f'generators: got {len(generator)} for {len(images)} images; expected one each')
-        sources, kinds = self.sources(images, generator)
+        u = _draw(generator) # before the masks, from the same generators
         masks, _ = draw_masks(images.shape[2], generator, images.device)
-        return torch.lerp(images, sources, masks), masks, kinds
+        corrupted, kinds = self._paste(images, u, masks)
+        return corrupted, masks, kinds
 
-# %% ../nbs/03_defects.ipynb #1b43cb60
+# %% ../nbs/03_defects.ipynb #85622157
 def plain_augment(
     image: torch.Tensor, # 3×H×W in [0, 1]
     name: str, # Name of an augmentation
@@ -274,7 +351,7 @@ def plain_augment(
     if name == 'invert': return tv.invert(image)
     if name == 'autocontrast': return tv.autocontrast(image)
     if name == 'equalize': return tv.equalize(levels).float() / 255
-    return globals()[name](image[None], u[None])[0] # saturation and hue_saturation work in HSV, which torchvision does not offer
+    return globals()[name](image[None], u.view(1, 3, 1, 1))[0] # saturation and hue_saturation work in HSV, which torchvision does not offer
 
 # %% ../nbs/03_defects.ipynb #6af9bf9b
 def plain_noise(

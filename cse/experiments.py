@@ -5,25 +5,32 @@
 # %% auto #0
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
            'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'latency', 'record_name', 'run_key',
-           'write_record', 'run', 'RecordError', 'read_record', 'load_records', 'GridError', 'grid', 'read_parameters',
-           'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories', 'run_table']
+           'write_record', 'identify', 'run', 'RecordError', 'read_record', 'load_records', 'estimates', 'GridError',
+           'grid', 'read_parameters', 'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories',
+           'run_table']
 
-# %% ../nbs/20_experiments.ipynb #fa5103f2
-import functools, hashlib, inspect, json, platform, resource, subprocess, sys, tempfile, time, traceback
+# %% ../nbs/20_experiments.ipynb #e5d521c8
+import functools, hashlib, inspect, json, os, platform, resource, subprocess, sys, tempfile, time, traceback
+from collections import defaultdict
+from contextlib import closing
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, torch
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint, from_profile
-from .data import DataError, Images, categories, category_fingerprint, check_writable, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
+from .data import Category, DataError, Images, categories, category_fingerprint, check_writable, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
 from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
+from .features import pick_device
 from .detector import CSE
 from .classifier import ClassifierDetector
 from .peers.anomalib import PEERS
 from .peers.mixed_teacher import PEERS as MIXED_TEACHER
 from .peers.rdpp import PEERS as RDPP
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
+from .pictures import worst_pictures
+from .scheduling import Outcome, Task, as_scheduler, remaining, run_tasks
 
 # %% ../nbs/20_experiments.ipynb #7988bfb3
 METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | PEERS | RDPP | MIXED_TEACHER
@@ -112,7 +119,7 @@ def latency(
         found.append(1000 * (time.perf_counter() - start))
     return dict(zip(('low', 'median', 'high'), np.percentile(found[3:], [5, 50, 95]).round(3).tolist()), repeats=repeats)
 
-# %% ../nbs/20_experiments.ipynb #9cfb27a4
+# %% ../nbs/20_experiments.ipynb #3a2a6fc2
 RECORD_SCHEMA = 1
 
 def record_name(
@@ -143,8 +150,30 @@ def write_record(
     "Write a record, complete or not at all."
     revision, dirty = commit()
     record |= dict(versions=versions(), commit=revision, dirty=dirty, time=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'))
-    with replacing(path) as temporary: temporary.write_text(json.dumps(record, indent=1, allow_nan=False))
+    with replacing(path) as temporary: temporary.write_text(_as_text(record))
     return record
+
+def _as_text(record): return json.dumps(record, indent=1, allow_nan=False)
+
+# %% ../nbs/20_experiments.ipynb #79e8e256
+def identify(
+    config: Config, # Every setting
+    data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
+    category: str, # One of them
+    method: str = 'cse', # A key of `METHODS`, or 'cse/' and a decoder mode
+    seed: int = 0, # Seed of everything random
+    textures: str | Path | None = None, # Folder of textures; None for built-in ones
+) -> tuple[str, Config, Category, dict, dict, str]: # Method, its settings, the images, what a record says of them and of the textures, and its name without ending
+    "What is run, on what, and what its record is called."
+    method, config = variant(method, config)
+    root, name = resolve_data(data, [category])
+    found = load_category(root, category, config)
+    published = published_name(found)
+    about = dict(name=published or name, published=published, fingerprint=category_fingerprint(found),
+                 train=len(found.train), test_good=int((found.labels == 0).sum()), test_defective=int((found.labels == 1).sum()))
+    pasted = dict(name=Path(textures).resolve().name, fingerprint=files_fingerprint(image_files(textures), textures), images=len(image_files(textures))) if textures else \
+        dict(name='built-in textures', fingerprint=f'built-in-v{VERSION}', images=None)
+    return method, config, found, about, pasted, run_key(method, config, about, pasted, category, seed)
 
 # %% ../nbs/20_experiments.ipynb #c79ea675
 def _measure(category, scores, config):
@@ -156,7 +185,7 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #fac102e0
+# %% ../nbs/20_experiments.ipynb #fc226e0c
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -171,16 +200,8 @@ def run(
 ) -> dict: # The record
     "Fit on a category, score its test images, write the record (§4). A finished run is read, not repeated."
     textures = textures or None
-    method, config = variant(method, config)
+    method, config, found, about, pasted, key = identify(config, data, category, method, seed, textures)
     detector = make_method(method, config, textures, seed)
-    root, name = resolve_data(data, [category])
-    found = load_category(root, category, config)
-    published = published_name(found)
-    about = dict(name=published or name, published=published, fingerprint=category_fingerprint(found),
-                 train=len(found.train), test_good=int((found.labels == 0).sum()), test_defective=int((found.labels == 1).sum()))
-    pasted = dict(name=Path(textures).resolve().name, fingerprint=files_fingerprint(image_files(textures), textures), images=len(image_files(textures))) if textures else \
-        dict(name='built-in textures', fingerprint=f'built-in-v{VERSION}', images=None)
-    key = run_key(method, config, about, pasted, category, seed)
     path = Path(results)/'records'/f'{key}.json'
     if path.exists() and not force: return read_record(path)
     check_writable(path.parent)
@@ -195,6 +216,7 @@ def run(
     scored = time.perf_counter()
     if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
     metrics, peak = _measure(found, scores, config), peak_memory()
+    worst_pictures(found, scores, config, Path(results)/'pictures'/f'{key}.webp')
     origin = detector.extractor.origin
     if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
     return write_record(path, dict(
@@ -226,9 +248,61 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #8c0898d7
+# %% ../nbs/20_experiments.ipynb #05ebb555
+def _run_elsewhere(call, results, key):
+    "A run on a worker. Returns its record, as text."
+    call = call | {name: os.environ.get(f'CSE_{name.upper()}') or call[name] for name in ('data', 'textures') if call.get(name)}
+    found = identify(*(call.get(name) for name in ('config', 'data', 'category', 'method', 'seed', 'textures')))[-1]
+    if found != key: raise DataError(f'{call["data"] or "built-in data"}: here the run is {found}, asked for was {key}; expected the same images, textures and weights on every worker')
+    with tempfile.TemporaryDirectory() as own:
+        try: check_writable(Path(results)/'records')
+        except ConfigError: results = own
+        return _as_text(run(**call, results=results))
+
+def _gather(outcome, results, key):
+    "The record of a run elsewhere, on disk here too."
+    if outcome.error: return outcome
+    path = Path(results)/'records'/f'{key}.json'
+    if not path.exists() or path.read_text() != outcome.value:
+        with replacing(path) as temporary: temporary.write_text(outcome.value)
+    return Outcome(outcome.task, outcome.seconds, read_record(path))
+
+# %% ../nbs/20_experiments.ipynb #8cb448cc
+def _pixels(config, train): return train * config.epochs * config.crop**2
+
+def estimates(
+    results: str | Path, # Folder of results
+) -> dict: # Method → seconds for each pixel of each training image in each epoch
+    "What methods took so far: medians over the records."
+    found = defaultdict(list)
+    for path in (Path(results)/'records').glob('*.json'):
+        try:
+            record = read_record(path)
+            pace = record['seconds']['total'] / _pixels(SimpleNamespace(**record['config']), record['data']['train'])
+        except (RecordError, KeyError, AttributeError, TypeError, ZeroDivisionError): continue # damaged, of another version, or of Table 3: no help, no harm
+        found[record['method']].append(pace)
+    return {method: float(np.median(paces)) for method, paces in found.items()}
+
+# %% ../nbs/20_experiments.ipynb #ed4a010e
 class GridError(RuntimeError):
     "Some runs of a grid failed; the others are on record."
+
+def _elsewhere(calls, results, force, scheduler, patience, progress):
+    "Outcomes of runs on workers. Those on record are not sent to one."
+    pace, tasks, keys = estimates(results), [], {}
+    check_writable(Path(results)/'records')
+    config = next(iter(calls.values()))['config']
+    gpu = config.device.startswith('cuda') or config.device == 'auto' and as_scheduler(scheduler)[0] == 'processes' and torch.cuda.is_available()
+    for title, call in calls.items():
+        method, settings, _, about, _, key = identify(*(call.get(name) for name in ('config', 'data', 'category', 'method', 'seed', 'textures')))
+        task = Task(title, (call | dict(force=force), str(Path(results).resolve()), key), pace.get(method, 1e-6) * _pixels(settings, about['train']), {'GPU': 1} if gpu else {})
+        if force or not (path := Path(results)/'records'/f'{key}.json').exists():
+            tasks.append(task)
+            keys[title] = key
+            continue
+        try: yield Outcome(task, 0., read_record(path))
+        except RecordError as e: yield Outcome(task, 0., error=e)
+    if tasks: yield from (_gather(outcome, results, keys[outcome.task.title]) for outcome in run_tasks(_run_elsewhere, tasks, scheduler, patience=patience, progress=progress))
 
 def grid(
     config: Config, # Every setting
@@ -237,28 +311,37 @@ def grid(
     methods: list = ('cse',), # Keys of `METHODS`, or 'cse/' and a decoder mode
     seeds: list = (0,), # Seeds
     progress: bool = True, # Print a line a run, and show bars on a terminal
+    scheduler: str = 'local', # 'local', 'processes', 'processes:N', or the address or file of a Dask scheduler
+    patience: float = 6 * 3600, # Seconds that a run elsewhere may take at least before its worker is removed
+    results: str | Path = 'results', # Folder of results
+    force: bool = False, # Run again what is on record
     **kw, # More arguments of `run`
 ) -> list: # Records, in the order of the grid
     "All combinations of methods, categories and seeds. Raises `GridError` at the end if some failed."
     if not (names and methods and seeds): raise ConfigError(f'nothing to run: categories {names}, methods {methods}, seeds {seeds}')
     if len({digest([m, c.to_dict()]) for m, c in (variant(name, config) for name in methods)}) < len(methods):
         raise ConfigError(f'methods={", ".join(methods)}: expected each once (cse is cse/{config.decoder})')
-    if data:
-        for name in names: load_category(data, name, config)
+    as_scheduler(scheduler)
+    if scheduler == 'local': pick_device(config.device)
+    root, _ = resolve_data(data, names)
+    for name in names: load_category(root, name, config)
     todo = [(m, c, s) for c in names for m in methods for s in seeds]
-    records, failures, shown = [], {}, progress and sys.stderr.isatty()
-    for number, (method, name, seed) in enumerate(tqdm(todo, desc='runs', unit='run', disable=not shown), 1):
-        start, title = time.perf_counter(), f'[{number}/{len(todo)}] {method} {name} seed {seed}'
-        try:
-            records.append(record := run(config, data, name, method, seed, progress=shown, **kw))
-            took = time.perf_counter() - start
-            line = f'{title}: AUROC {100 * record["metrics"]["auroc"]:.1f} %, ' + (f'{took:.0f} s' if took > 0.5 * record['seconds']['total'] else 'on record')
-        except Exception as e:
-            failures[title] = line = f'{title}: failed, {type(e).__name__}: {e}'
-            if progress: traceback.print_exc(file=sys.stderr)
-        if progress: tqdm.write(line, file=sys.stdout)
-    if failures: raise GridError(f'{len(failures)} of {len(todo)} runs failed:\n' + '\n'.join(failures.values()))
-    return records
+    calls = {f'[{number}/{len(todo)}] {m} {c} seed {s}': dict(config=config, data=data, category=c, method=m, seed=s) | kw for number, (m, c, s) in enumerate(todo, 1)}
+    records, failures, shown = {}, {}, progress and sys.stderr.isatty()
+    outcomes = _elsewhere(calls, results, force, scheduler, patience, progress) if scheduler != 'local' else \
+        run_tasks(lambda call: run(**call, results=results, force=force, progress=shown), [Task(title, (call,)) for title, call in calls.items()], progress=progress)
+    with closing(outcomes):
+        for outcome in outcomes:
+            title, record, e = outcome.task.title, outcome.value, outcome.error
+            if e:
+                failures[title] = line = f'{title}: failed, {type(e).__name__}: {e}'
+                if progress: traceback.print_exception(e, file=sys.stderr)
+            else:
+                records[title] = record
+                line = f'{title}: AUROC {100 * record["metrics"]["auroc"]:.1f} %, ' + (f'{outcome.seconds:.0f} s' if outcome.seconds > 0.5 * record['seconds']['total'] else 'on record')
+            if progress: tqdm.write(line, file=sys.stdout)
+    if failures: raise GridError(f'{len(failures)} of {len(todo)} runs failed:\n' + '\n'.join(failures[title] for title in calls if title in failures))
+    return [records[title] for title in calls]
 
 # %% ../nbs/20_experiments.ipynb #e6a26047
 def read_parameters(
@@ -272,7 +355,7 @@ def read_parameters(
     for name in found.keys() - set(known): raise ConfigError(f'{name}={found[name]!r}: no parameter of this notebook; expected one of {", ".join(known)}')
     return found
 
-# %% ../nbs/20_experiments.ipynb #aed540ac
+# %% ../nbs/20_experiments.ipynb #fb3a7a39
 def as_list(
     value, # A list, or text: JSON or separated by commas
     name: str, # How errors call it
@@ -288,8 +371,8 @@ def as_methods(
     value, # A list, or text; 'all' for every column that a table can have
     table: int, # Number of the table in the paper
 ) -> list: # Names of methods
-    "Read the parameter `methods`. 'all' means the columns of Tables 4 and 5, elsewhere CSE and every competitor on the extractor of the run."
-    names = as_list(value, 'methods')
+    "Read the parameter `methods`. 'all' means the columns of Tables 4 and 5, elsewhere CSE and every competitor on the extractor of the run; 'raw' is short for mean_distance."
+    names = ['mean_distance' if name == 'raw' else name for name in as_list(value, 'methods')]
     if names != ['all']: return names
     return {4: ['classifier', 'cse'], 5: [f'cse/{mode}' for mode in Config.__dataclass_fields__['decoder'].metadata['choices']]}.get(table) or [m for m in METHODS if '/' not in m and m != 'classifier']
 
@@ -313,7 +396,7 @@ def as_seeds(
     if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
     return found
 
-# %% ../nbs/20_experiments.ipynb #f89e3534
+# %% ../nbs/20_experiments.ipynb #c43f0447
 def default_categories(
     data: str | Path | None, # Folder of categories; None for the built-in surfaces
     table: int = 1, # Number of the table in the paper
@@ -338,6 +421,7 @@ def run_table(
     results: str = '', # Folder of results; empty for a temporary one
     force: bool = False, # Run again what is on record
     device: str = 'auto', # Where to compute
+    scheduler: str = 'local', # 'local', 'processes', 'processes:N', or the address or file of a Dask scheduler
 ) -> list: # Records
     "The runs behind a table of the paper."
     given = {k: v for k, v in dict(extractor=extractor, weights=weights).items() if v}
@@ -349,4 +433,4 @@ def run_table(
     if modes and 'decoder' in as_settings(settings): raise ConfigError(f'settings: decoder is what the columns {", ".join(modes)} differ in; expected it in one place')
     if not data and 0 < len(set(names) & set(TEXTILES)) < len(names): raise ConfigError(f'categories={", ".join(names)}: expected surfaces or textiles, not both in one table')
     results = results or tempfile.mkdtemp(prefix='cse-results-')
-    return grid(config, data or None, names, chosen, as_seeds(seeds), textures=textures, table=table, results=results, force=force)
+    return grid(config, data or None, names, chosen, as_seeds(seeds), scheduler=scheduler, textures=textures, table=table, results=results, force=force)

@@ -219,7 +219,7 @@ def time_method(
         seconds=dict(build=round(found['build'], 3), total=round(time.perf_counter() - start, 3)), peak_memory_mb=round(found['memory_mb'], 1),
         device=device, threads=threads))
 
-# %% ../nbs/24_speed.ipynb #291eeca8
+# %% ../nbs/24_speed.ipynb #b47c4e1c
 def _line(record, took):
     "A measurement in one line."
     m = record['metrics']
@@ -239,6 +239,7 @@ def run_speed(
     results: str = '', # Folder of results; empty for a temporary one
     force: bool = False, # Measure again what is on record
     device: str = 'auto', # Where to compute
+    scheduler: str = 'local', # Without influence: times are taken here, one after another
     repeats: int = 50, # Calls that are counted, at most
     warmup: int = 5, # Calls before that are not
 ) -> list: # Records
@@ -250,6 +251,7 @@ def run_speed(
     Images([image[0]], config).check()
     FeatureExtractor.from_config(config)
     if textures: print('textures: without influence on a time')
+    if scheduler != 'local': print('scheduler: without influence on a time; it is taken here')
     results, records, failures = results or tempfile.mkdtemp(prefix='cse-results-'), [], {}
     todo = [(name, seed) for seed in as_seeds(seeds) for name in names]
     for number, (name, seed) in enumerate(todo, 1):

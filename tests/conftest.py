@@ -60,7 +60,10 @@ def tiny():
 
 
 def pytest_terminal_summary(terminalreporter):
-    "Counts of the robustness campaign, when `make robustness` asks for them."
+    "Counts of the campaigns, when `make robustness` or `make cluster-test` asks for them."
+    if os.environ.get('CLUSTER_RUNS'):
+        for line in [v for r in terminalreporter.stats.get('passed', []) for k, v in r.user_properties if k == 'cluster']:
+            terminalreporter.write_line(f'cluster: {line}')
     if not os.environ.get('ROBUSTNESS_KILLS'):
         return
     passed = terminalreporter.stats.get('passed', [])

@@ -1,7 +1,10 @@
 "Bad input is refused before any training, in words, and leaves no record."
 import shutil
+from pathlib import Path
 
+import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from PIL import Image
@@ -170,3 +173,31 @@ def test_unknown_category_stops_a_grid_before_its_first_run(surface, textures, t
     with pytest.raises(ValueError, match='granite.*gravel'):
         grid(tiny, surface, ['gravel', 'granite'], textures=textures, results=tmp_path, progress=False)
     assert load_category(surface, 'gravel').name == 'gravel'
+
+
+NOTEBOOKS = Path(__file__).parent.parent / 'nbs/tables'
+PARAMETERS = [('table1_mvtec', dict(epoch=3), 'epoch=3: no parameter of this notebook'), ('table1_mvtec', dict(seeds=-1), 'seeds=-1'), ('table1_mvtec', dict(categories='granite'), "'granite'"),
+              ('table1_mvtec', dict(settings='epochs=3'), 'settings='), ('table2_tilda', dict(data='nowhere'), 'nowhere: no such folder'), ('table2_tilda', dict(profile=3), 'profile=3'),
+              ('table3_speed', dict(methods='camera'), "'camera'"), ('table3_speed', dict(seeds='zero'), "seeds='zero'"), ('table4_classifier', dict(methods='classifier/none'), 'decoder modes'),
+              ('table5_decoder', dict(settings={'decoder': 'none'}), 'one place'), ('table5_decoder', dict(device='tpu'), "device='tpu'"), ('thresholds', dict(held_out=2), 'held_out=2'),
+              ('thresholds', dict(alphas=[0]), 'alphas'), ('thresholds', dict(methods='cse'), "methods='cse': no parameter of this notebook")]
+
+
+@pytest.mark.parametrize('name, given, words', PARAMETERS, ids=[f'{n} {g}' for n, g, _ in PARAMETERS])
+def test_notebook_parameters(tmp_path, monkeypatch, name, given, words):
+    "As papermill would give them, without a kernel of its own: after the cell that is tagged."
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    with pytest.raises(ValueError) as refusal:
+        for cell in nbformat.read(NOTEBOOKS / f'{name}.ipynb', 4).cells:
+            if cell.cell_type == 'code':
+                exec(cell.source, namespace)
+                if 'parameters' in cell.metadata.get('tags', []): namespace.update(given)
+    assert words in str(refusal.value), refusal.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_by_papermill(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="ConfigError: profile='quick'"):
+        papermill.execute_notebook(NOTEBOOKS / 'table1_mvtec.ipynb', tmp_path / 'out.ipynb', dict(profile='quick', results=str(tmp_path / 'results')), kernel_name='python3', progress_bar=False)
+    assert [p.name for p in tmp_path.iterdir()] == ['out.ipynb']

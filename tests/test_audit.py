@@ -1,0 +1,157 @@
+"Every planted error is found, and the committed results hold none."
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cse.audit import audit, check_record, identity, select, stated_parameters, table_notebooks
+
+RESULTS = Path(__file__).parent.parent / 'results'
+NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke'}
+
+
+def copy_table(table, tmp_path):
+    "A folder of results with one table and its records."
+    records = [json.loads(p.read_text()) for p in (RESULTS / 'records').glob('*.json')]
+    notebook = RESULTS / 'notebooks' / f'{NOTEBOOKS[table]}.ipynb'
+    for name in ('records', 'notebooks', 'tables'):
+        (tmp_path / name).mkdir()
+    shutil.copy(notebook, tmp_path / 'notebooks')
+    for r in select(records, table, stated_parameters(notebook))[0]:
+        shutil.copy(RESULTS / 'records' / f'{r["key"]}.json', tmp_path / 'records')
+    for path in RESULTS.glob({3: 'tables/table3-*', 4: 'tables/table4-surfaces-paper*'}[table]):
+        shutil.copy(path, tmp_path / 'tables')
+    return tmp_path
+
+
+def run_file(folder):
+    return min((folder / 'records').glob('cse-*.json'))
+
+
+def timing_file(folder):
+    return min((folder / 'records').glob('speed-cse_fused*.json'))
+
+
+def change(path, edit):
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record, indent=1))
+
+
+def put(path, value):
+    "An edit of the value at a dotted path."
+    def edit(record):
+        *parents, last = path.split('.')
+        for name in parents:
+            record = record[name]
+        record[int(last) if isinstance(record, list) else last] = value
+    return edit
+
+
+def copy_as(path, name, **changes):
+    new = path.with_name(name)
+    shutil.copy(path, new)
+    change(new, lambda record: record.update(changes))
+
+
+def rewrite(pattern, old, new):
+    def plant(folder):
+        path, = folder.glob(pattern)
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+    return plant
+
+
+PLANTED = {  # what is done to a folder of results → a word of the finding
+    'a score that changes no rank': (lambda f: change(run_file(f), lambda r: r['scores'].__setitem__(0, r['scores'][0] * (1 + 1e-9))), 'a 32-bit number'),
+    'a score that changes ranks': (lambda f: change(run_file(f), lambda r: r['scores'].__setitem__(0, 1e6)), 'metrics.auroc'),
+    'a score that is no number': (lambda f: change(run_file(f), put('scores.0', float('nan'))), 'NaN'),
+    'a label': (lambda f: change(run_file(f), lambda r: r['labels'].__setitem__(0, 1)), 'good and defective labels'),
+    'a missing score': (lambda f: change(run_file(f), lambda r: r['scores'].pop()), 'record'),
+    'a metric': (lambda f: change(run_file(f), put('metrics.auroc', 0.99)), 'metrics.auroc'),
+    'a limit of an interval': (lambda f: change(run_file(f), put('metrics.auroc_low', 0.9)), 'metrics.auroc_low'),
+    'a pixel metric out of range': (lambda f: change(run_file(f), put('metrics.aupro', 1.5)), 'metrics.aupro'),
+    'a setting': (lambda f: change(run_file(f), put('config.epochs', 7)), 'name of the file'),
+    'a setting that there is not': (lambda f: change(run_file(f), put('config.epoch', 7)), 'no such setting'),
+    'a seed': (lambda f: change(run_file(f), put('seed', 7)), 'name of the file'),
+    'a profile': (lambda f: change(run_file(f), put('profile', 'official')), 'profile'),
+    'a fingerprint of data': (lambda f: change(run_file(f), put('data.fingerprint', '0' * 16)), 'data.fingerprint'),
+    'a fingerprint of textures': (lambda f: change(run_file(f), put('textures.fingerprint', '0' * 16)), 'textures.fingerprint'),
+    'a hash of weights': (lambda f: change(run_file(f), put('extractor.sha256', '0' * 64)), 'extractor.sha256'),
+    'a missing version': (lambda f: change(run_file(f), put('versions.torch', None)), 'versions.torch'),
+    'a schema': (lambda f: change(run_file(f), put('schema', 99)), 'schema'),
+    'a shortened history': (lambda f: change(run_file(f), lambda r: r['training']['history'].pop()), 'training.epochs'),
+    'a renamed file': (lambda f: run_file(f).rename(run_file(f).with_name('better.json')), 'name of the file'),
+    'a truncated file': (lambda f: run_file(f).write_text(run_file(f).read_text()[:5000]), 'JSONDecodeError'),
+    'a list instead of a record': (lambda f: run_file(f).write_text('[]'), 'record'),
+    'a copy under another name': (lambda f: copy_as(run_file(f), 'copy.json'), 'the same run again'),
+    'a copy with another key': (lambda f: copy_as(run_file(f), 'cse-copy.json', key='cse-copy'), 'the same run again'),
+    'a missing record': (lambda f: run_file(f).unlink(), 'cse on fabric02 with seed 0'),
+    'a cell of a CSV': (rewrite('tables/table4*.csv', 'CSE,fabric02,,91.', 'CSE,fabric02,,97.'), 'CSE,fabric02'),
+    'a cell in Markdown': (rewrite('tables/table4*.md', '91.1 ±', '97.1 ±'), 'table4-surfaces-paper.md: line'),
+    'a line of a caption': (rewrite('tables/table4*.md', '**not MVTec AD**', 'MVTec AD'), 'table4-surfaces-paper.md: line 1'),
+    'a cell shown in a notebook': (rewrite('notebooks/table4*.ipynb', '91.1 ±', '97.1 ±'), 'table shown'),
+    'a missing table': (lambda f: (f / 'tables/table4-surfaces-paper.csv').unlink(), 'the table that its notebook makes'),
+    'a table without source': (lambda f: shutil.copy(f / 'tables/table4-surfaces-paper.csv', f / 'tables/table4-elsewhere-paper.csv'), 'an executed notebook'),
+    'parameters of a notebook': (rewrite('notebooks/table4*.ipynb', 'seeds = 3', 'seeds = 2'), 'table4-surfaces-paper.csv'),
+}
+PLANTED_TIMINGS = {
+    'a time': (lambda f: change(timing_file(f), put('timing.model_ms.0', 1e6)), 'metrics.latency'),
+    'a latency': (lambda f: change(timing_file(f), put('metrics.latency_ms', 1.0)), 'metrics.latency_ms'),
+    'a machine': (lambda f: change(timing_file(f), put('device', 'RTX 3090 Ti')), 'name of the file'),
+    'a copied timing': (lambda f: copy_as(timing_file(f), 'speed-copy.json', key='speed-copy'), 'the same run again'),
+    'a missing timing': (lambda f: timing_file(f).unlink(), 'fused'),
+}
+
+
+@pytest.mark.parametrize('table, records, metrics', [(3, 8, 8 * 8), (4, 24, 24 * 3)])
+def test_results_that_fit_have_no_findings(tmp_path, table, records, metrics):
+    report = audit(copy_table(table, tmp_path))
+    assert report.ok, report
+    assert report.counts['records'] == records and report.counts['metrics recomputed'] == metrics and report.counts['files of tables rebuilt'] == 2
+
+
+@pytest.mark.parametrize('table, plant, words', [pytest.param(table, *planted, id=name) for table, some in ((4, PLANTED), (3, PLANTED_TIMINGS)) for name, planted in some.items()])
+def test_planted_errors_are_found(tmp_path, table, plant, words):
+    plant(copy_table(table, tmp_path))
+    report = audit(tmp_path)
+    assert not report.ok
+    assert words in str(report).split('findings; checked')[0], report
+
+
+def test_a_run_is_named_by_what_it_holds():
+    for path in (RESULTS / 'records').glob('[!s]*.json'):
+        record, found = check_record(path)
+        assert found == [] and identity(record) == path.stem
+
+
+def test_weights_from_a_file_are_identified_by_their_hash():
+    "A record holds the name of such a file, the key its hash."
+    record = json.loads(run_file(RESULTS).read_text())
+    record['config']['weights'], before = 'net.pth', identity(record)
+    record['extractor'] |= dict(weights='file', tag='net.pth', sha256='ab' * 32)
+    assert identity(record) != before
+    one = identity(record)
+    record['extractor']['sha256'] = 'cd' * 32
+    assert identity(record) != one
+
+
+def test_images_of_a_published_data_set_are_found_by_that_name():
+    records = [json.loads(p.read_text()) for p in (RESULTS / 'records').glob('c*-surfaces-*-paper-*.json')]
+    stated = stated_parameters(RESULTS / 'notebooks' / f'{NOTEBOOKS[4]}.ipynb')
+    renamed = [r | {'data': r['data'] | dict(name='MVTec AD', published='MVTec AD')} for r in records]
+    assert len(select(records, 4, stated)[0]) == len(select(renamed, 4, stated | dict(data='mvtec_ad'))[0]) == 24
+    assert len(select(records + renamed, 4, stated)[0]) == 24 and select(records, 4, stated | dict(data='elsewhere'))[0] == []
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no records'):
+        audit(tmp_path)
+
+
+def test_committed_results_fit():
+    report = audit(RESULTS)
+    assert len(table_notebooks(RESULTS)) > 4 and report.counts['files of tables rebuilt'] > 8
+    assert report.ok, f'\n{report}'

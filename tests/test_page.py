@@ -1,0 +1,252 @@
+"The report page: complete, self-contained and small; in headless Chromium it loads, sorts, opens runs, turns dark and fits a phone."
+import base64
+import gzip
+import json
+import random
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cse.audit import table_notebooks
+from cse.experiments import load_records
+from cse.page import write_page
+from cse.report import PUBLISHED
+
+RESULTS = Path(__file__).parent.parent / 'results'
+SCREENSHOTS = RESULTS / 'report/screenshots'
+
+
+def sheet(path):
+    "A picture of as many bytes as a contact sheet may have."
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient('L').resize((296, 456)).save(path, 'webp')
+    path.write_bytes((path.read_bytes() + random.Random(str(path)).randbytes(12_000))[:12_000])
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    "The committed results, with a picture of one run of CSE."
+    folder = tmp_path_factory.mktemp('report') / 'results'
+    for name in ('records', 'notebooks'):
+        shutil.copytree(RESULTS / name, folder / name)
+    key = next(r['key'] for r in load_records(folder) if r['key'].startswith('cse-built-in_surfaces-wood-smoke') and r['config']['decoder'] == 'random')
+    sheet(folder / 'pictures' / f'{key}.webp')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def page(results):
+    return write_page(results)
+
+
+class Elements(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def payload(page):
+    packed = json.loads(re.search(r'packed = (\{.*?\});', page.read_text())[1])
+    return {k: gzip.decompress(base64.b64decode(v)).decode() for k, v in packed.items()}
+
+
+def test_the_page_loads_nothing(page):
+    text = page.read_text()
+    for tag, attributes in Elements(text).found:
+        loads = [v for k, v in attributes.items() if k in ('src', 'srcset', 'data', 'poster') or k == 'href' and tag != 'a']
+        assert all(v.startswith(('data:', '#')) for v in loads), (tag, attributes)
+    assert not re.search(r'@import|url\(\s*["\']?(?!data:)', text)
+    policy = next(a['content'] for t, a in Elements(text).found if a.get('http-equiv') == 'Content-Security-Policy')
+    assert "default-src 'none'" in policy and 'http' not in policy
+
+
+def test_every_run_and_table_is_there(results, page):
+    data, records = json.loads(payload(page)['data']), load_records(results)
+    assert {r['key'] for r in data['runs']} == {r['key'] for r in records}
+    assert all(data['configs'][v['config']] == r['config'] and data['versions'][v['versions']] == r['versions'] for v, r in zip(data['runs'], records))
+    sections = [a for t, a in Elements(page.read_text()).found if t == 'section']
+    assert {int(a['data-table']) for a in sections if 'data-table' in a} == set(PUBLISHED)
+    assert {a['id'] for a in sections} == {*(p.stem for p in table_notebooks(results)), 'runs'}
+    points = {k for t in data['tables'] for s in t['series'] for k in s['keys']}
+    assert points <= {r['key'] for r in records} and len(points) > 100
+
+
+def test_numbers_on_other_images_are_labelled(page):
+    for section in re.findall(r'<section id="table.*?</section>', page.read_text(), re.S):
+        number = int(re.search('data-table="(.)"', section)[1])
+        label = re.search('<li class="other">(.*?)</li>', section)[1]
+        assert ('not ' + PUBLISHED[number].data in label) if number != 3 else 'measured on' in label
+        assert 'paper –' not in section and 'MVTec AD' not in re.search('<h2>(.*?)</h2>', section)[1]
+
+
+def test_tables_without_runs_show_the_paper(tmp_path):
+    (tmp_path / 'records').mkdir()
+    text = write_page(tmp_path).read_text()
+    assert text.count('no runs yet') == 5 and text.count('not run') > 50 and 'paper 99.8' in text
+
+
+def test_six_hundred_records_with_pictures(results, tmp_path):
+    records, folder = [r for r in load_records(results) if 'timing' not in r], tmp_path / 'results'
+    shutil.copytree(results / 'notebooks', folder / 'notebooks')
+    (folder / 'records').mkdir()
+    for i in range(600):
+        record = records[i % len(records)]
+        if i >= len(records):
+            record = record | dict(seed=record['seed'] + 100 * i, key=f'{record["key"]}-{i}', scores=[s * (1 + i / 1000) for s in record['scores']])
+        (folder / 'records' / f'{record["key"]}.json').write_text(json.dumps(record))
+        sheet(folder / 'pictures' / f'{record["key"]}.webp')
+    start = time.perf_counter()
+    page = write_page(folder)
+    took, size = time.perf_counter() - start, page.stat().st_size / 1e6
+    print(f'600 records with a picture each: {took:.1f} s, {size:.1f} MB')
+    assert took < 60 and size < 15 and len(json.loads(payload(page)['data'])['pictures']) == 600
+
+
+@pytest.fixture(scope='module')
+def browser():
+    chromium, driver = shutil.which('chromium') or shutil.which('google-chrome'), shutil.which('chromedriver')
+    if not (chromium and driver):
+        pytest.skip('needs Chromium and its driver: apt-get install chromium chromium-driver')
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-dev-shm-usage', '--hide-scrollbars'):
+        options.add_argument(argument)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_window_size(1280, 1000)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    yield browser
+    browser.quit()
+
+
+def wait(browser, script, seconds=60):
+    "The value of an expression, once it is true."
+    end = time.monotonic() + seconds
+    while not (value := browser.execute_script(f'return {script}')):
+        assert time.monotonic() < end, f'{script}: not within {seconds} s'
+        time.sleep(0.1)
+    return value
+
+
+def shoot(browser, name):
+    time.sleep(0.3)
+    assert browser.save_screenshot(str(SCREENSHOTS / f'{name}.png'))
+
+
+@pytest.fixture
+def opened(browser, page):
+    "The page, in light colours and at the width of a desk."
+    browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value='light')]))
+    browser.get('about:blank')
+    for kind in ('browser', 'performance'):
+        browser.get_log(kind)
+    browser.get(page.as_uri())
+    wait(browser, 'document.documentElement.dataset.ready')
+    yield browser
+    assert [e for e in browser.get_log('browser') if e['level'] in ('SEVERE', 'WARNING')] == []
+    messages = [json.loads(e['message'])['message'] for e in browser.get_log('performance')]
+    asked = {m['params']['request']['url'] for m in messages if m['method'] == 'Network.requestWillBeSent'}
+    assert page.as_uri() in asked and {u.split(':')[0] for u in asked} <= {'file', 'blob', 'data'} and len([u for u in asked if u.startswith('file')]) == 1
+
+
+def colour(browser):
+    return browser.execute_script('return getComputedStyle(document.body).backgroundColor')
+
+
+def open_run(browser, key):
+    browser.execute_script(f'location.hash = "run={key}"')
+    wait(browser, 'document.querySelector("dialog").open && document.querySelectorAll("#losses .scatterlayer path, #scores .barlayer path").length > 2')
+
+
+def test_it_loads_and_draws(opened):
+    shoot(opened, 'light')
+    assert opened.execute_script('return document.querySelectorAll("table.dataTable").length') > 10
+    for name in [e.get_attribute('id') for e in opened.find_elements('css selector', 'section[data-table] .plot')]:
+        opened.execute_script(f'document.getElementById("{name}").scrollIntoView({{block: "center"}})')
+        wait(opened, f'document.querySelectorAll("#{name} .scatterlayer .point").length > 3')
+    shoot(opened, 'plot')
+
+
+def test_points_are_named_when_hovered_and_lead_to_their_run(opened):
+    from selenium.webdriver import ActionChains
+    opened.execute_script('document.querySelector(".plot").scrollIntoView({block: "center"})')
+    point = wait(opened, 'document.querySelector(".plot .scatterlayer .point")')
+    ActionChains(opened).move_to_element(point).perform()
+    words = wait(opened, 'document.querySelector(".plot .hoverlayer .hovertext")?.textContent')
+    assert 'seed 0' in words and '%' in words and 'built-in surfaces' in words
+    shoot(opened, 'hover')
+    ActionChains(opened).move_to_element(point).click().perform()
+    wait(opened, 'document.querySelector("dialog").open')
+
+
+def test_tables_are_sorted(opened):
+    values = lambda: [float(e.text.split()[0]) for e in opened.find_elements('css selector', 'section[data-table="1"] table')[0].find_elements('css selector', 'tbody td:nth-child(4)')]
+    before, head = values(), opened.find_elements('css selector', 'section[data-table="1"] thead th:nth-child(4)')[0]
+    head.click()
+    assert values() == sorted(before) != before
+    head.click()
+    assert values() == sorted(before, reverse=True)
+    search = opened.find_element('css selector', '#runs input[type=search]')
+    search.send_keys('padim textile')
+    rows = opened.find_elements('css selector', '#all tbody tr')
+    assert len(rows) == 8 and all('PaDiM' in r.text for r in rows)
+    opened.execute_script('document.querySelector("#runs").scrollIntoView()')
+    shoot(opened, 'runs')
+
+
+def test_a_run_is_opened_and_closed(opened, results):
+    key = next((results / 'pictures').glob('*')).stem
+    open_run(opened, key)
+    text = opened.find_element('id', 'detail').text
+    for words in ('CSE on wood, seed 0', 'built-in surfaces, not the images of the paper', '91.9 %', 'Good, highest scores', 'Configuration', key, 'Built-in surfaces, drawn by this project'):
+        assert words in text, words
+    assert opened.execute_script('return document.querySelector(".sheet").naturalWidth') == 296
+    shoot(opened, 'run')
+    opened.find_element('id', 'close').click()
+    assert opened.execute_script('return !document.querySelector("dialog").open && !location.hash')
+    opened.find_element('css selector', 'section[data-table="1"] tbody td a').click()
+    wait(opened, 'document.querySelector("dialog").open')
+    assert 'No pictures' in opened.find_element('id', 'detail').text
+    timing = next(results.glob('records/speed-cse_fused*')).stem
+    opened.execute_script(f'location.hash = "run={timing}"')
+    wait(opened, 'document.querySelectorAll("#calls .scatterlayer .point").length > 20')
+    shoot(opened, 'timing')
+
+
+def test_light_and_dark(opened, page):
+    light = colour(opened)
+    opened.find_element('id', 'theme').click()
+    dark = colour(opened)
+    assert light == 'rgb(255, 255, 255)' and max(map(int, re.findall(r'\d+', dark))) < 60
+    shoot(opened, 'dark')
+    open_run(opened, next(page.parent.parent.glob('pictures/*')).stem)
+    shoot(opened, 'dark-run')
+    opened.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value='dark')]))
+    opened.get(page.as_uri())
+    wait(opened, 'document.documentElement.dataset.ready')
+    assert colour(opened) == dark
+
+
+def test_a_phone_has_no_horizontal_scroll(opened, page):
+    opened.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=360, height=780, deviceScaleFactor=2, mobile=True))
+    opened.get(page.as_uri())
+    wait(opened, 'document.documentElement.dataset.ready')
+    assert opened.execute_script('return document.documentElement.scrollWidth') == 360
+    shoot(opened, 'phone')
+    opened.execute_script('document.querySelector(".scroll").scrollIntoView()')
+    wait(opened, 'document.querySelectorAll(".plot .scatterlayer .point").length > 3')
+    shoot(opened, 'phone-table')
+    open_run(opened, next(page.parent.parent.glob('pictures/*')).stem)
+    assert opened.execute_script('const d = document.querySelector("dialog"); return d.scrollWidth == d.clientWidth && document.documentElement.scrollWidth == 360')
+    shoot(opened, 'phone-run')
