@@ -1,7 +1,9 @@
 """The detector in other hands: inputs of all kinds, decisions, interrupted trainings, saved files, and the command line."""
 import hashlib, json, signal, subprocess, sys, time
+from importlib.util import find_spec
 import numpy as np, pytest, torch
 from PIL import Image
+from safetensors.torch import load, save
 from sklearn.base import clone
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -10,7 +12,7 @@ from cse.cli import app
 from cse.config import ConfigError
 from cse.data import DataError, Images, read_image
 from cse.detector import ModelError, _checksum
-from cse.export import ExportError, export
+from cse.export import ExportError, export, run_exported
 from cse.scoring import CalibrationError
 from cse.surfaces import builtin_surfaces
 
@@ -143,18 +145,19 @@ def test_training_of_other_images_is_not_taken_up(good, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='delete it to start anew'): CSE(Config.smoke(**SMALL)).fit(good, progress=False, folder=tmp_path)
 
 
-def test_saved_detectors_of_both_versions_load(detector, saved, good, tmp_path):
+def test_saved_detectors_of_all_versions_load(detector, saved, good, tmp_path):
     again = CSE.load(saved)
     assert repr(again) == repr(detector) and np.array_equal(again.predict(good, 0.25), detector.predict(good, 0.25))
     about = json.loads((saved / 'model.json').read_text())
-    old = {k: v for k, v in about.items() if k not in ('fitted_on', 'calibration', 'sha256')} | dict(schema=1)
-    (tmp_path / 'model.json').write_text(json.dumps(old))
     (tmp_path / 'model.safetensors').write_bytes((saved / 'model.safetensors').read_bytes())
-    assert np.array_equal(CSE.load(tmp_path).score(good).image, detector.score(good).image)
+    second = about | dict(schema=2)
+    for old in ({k: v for k, v in about.items() if k not in ('fitted_on', 'calibration', 'sha256')} | dict(schema=1), second | dict(sha256=_checksum(second))):
+        (tmp_path / 'model.json').write_text(json.dumps(old))
+        assert np.array_equal(CSE.load(tmp_path).score(good).image, detector.score(good).image)
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(schema=3), 'a newer one wrote it'), (dict(schema=True), 'reads 1 to'), (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'), (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed')])
+    (dict(schema=4), 'a newer one wrote it'), (dict(schema=True), 'reads 1 to'), (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'), (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed')])
 def test_changed_model_is_refused(saved, tmp_path, change, words):
     for name in ('model.json', 'model.safetensors'): (tmp_path / name).write_bytes((saved / name).read_bytes())
     about = json.loads((saved / 'model.json').read_text())
@@ -222,6 +225,39 @@ def test_export_says_what_it_cannot_do(detector, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match='scores differ'): export(detector, tmp_path / 'wood.xml')
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match='not fitted'): export(CSE(Config.smoke()), tmp_path / 'wood.xml')
+
+
+def test_joined_scores(good, detector, tmp_path):
+    "Gaussians of other maps than the embedder's: saved, exported and computed by the other engine they score alike; without them a file is refused."
+    joined = CSE(Config.clean(**SMALL, density_layers=(2, 3))).fit(good, progress=False)
+    scores = joined.score(good)
+    assert joined.extractor.layers == (2, 3, 4) and joined.embedder.channels == detector.embedder.channels and scores.coarse.shape[1:] == (28, 28) and (scores.coarse >= 0).all()
+    joined.save(tmp_path)
+    assert np.array_equal(CSE.load(tmp_path).score(good).image, scores.image)
+    if find_spec('openvino'):
+        assert np.allclose(CSE.load(tmp_path, engine='openvino').score(good).image, scores.image, atol=1e-3)
+        images = torch.stack([Images(good, joined.config)[i] for i in range(3)])
+        assert np.allclose(run_exported(export(joined, tmp_path / 'joined.xml'), images)[0], scores.image[:3], atol=1e-3)
+    about = json.loads((tmp_path / 'model.json').read_text())
+    data = save({k: v for k, v in load((tmp_path / 'model.safetensors').read_bytes()).items() if not k.startswith('density')})
+    (tmp_path / 'model.safetensors').write_bytes(data)
+    about['tensors_sha256'] = hashlib.sha256(data).hexdigest()
+    (tmp_path / 'model.json').write_text(json.dumps(about | dict(sha256=_checksum(about))))
+    with pytest.raises(ModelError, match='density_layers'): CSE.load(tmp_path)
+
+
+def test_joined_scores_are_those_of_their_parts(good):
+    "No weight for the embedding: the largest distance alone decides. Competitors and the classifier get the maps of `layers` only."
+    alone = CSE(Config.clean(**SMALL, embedding_weight=0.0)).fit(good, progress=False)
+    with torch.no_grad(): distances = alone.density(alone.extractor(torch.stack([Images(good, alone.config)[i] for i in range(6)]))).amax((1, 2)).numpy()
+    assert (np.argsort(alone.score(good[:6]).image) == np.argsort(distances)).all()
+    from cse.peers.anomalib import MeanDistance
+    assert MeanDistance(Config.clean(**SMALL)).fit(good, progress=False).extractor.layers == (3, 4)
+
+
+@pytest.mark.parametrize('settings', [dict(layers=()), dict(layers=(4, 3)), dict(layers=(2, 3), density_layers=(4,)), dict(density_layers=(1.5,)), dict(embedding_weight=-1), dict(split_seed=-2)])
+def test_settings_of_joined_scores_that_cannot_be(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))): Config(**settings)
 
 
 def test_tensors_of_a_saved_detector_are_what_was_fitted(saved):
