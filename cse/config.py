@@ -36,7 +36,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #6361c81d
+# %% ../nbs/00_config.ipynb #509431e5
 TILDA_FABRICS = ('c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3') # in the order of the release
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ class Config:
                               ('positions', 'columns', 'channels'))
     cluster_reduction: str = setting('min', 'Which cluster distance is the score; the released code takes the largest', ('min', 'max'))
     density_layers: tuple[int, ...] = setting((), 'Feature maps whose Gaussians join the score (notebook 08); none in the paper', later=True)
-    density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1, later=True)
+    density_channels: int = setting(40, 'Channels of each map that these Gaussians describe', low=1, later=True)
+    density_share: float = setting(0.005, 'Share of the positions, those of largest distance, whose mean is the score of the Gaussians', low=0, high=1, later=True)
     embedding_weight: float = setting(0.5, 'Weight of the embedding in a joined score; that of the Gaussians is 1', low=0, later=True)
+    embedders: int = setting(1, 'Embedders that are trained, with seeds of their own, and averaged in a joined score', low=1, high=16, later=True)
     anomaly_map: str = setting('squared', 'Map by squared distance to the prototype (the text has none, the released code this one)', ('squared', 'none'))
     # sources of chance
     split_seed: int = setting(-1, 'Seed of the train/validation split; -1 is the seed of the run, here as in the next three', low=-1, later=True)
@@ -126,6 +128,7 @@ class Config:
         if not self.layers: raise ConfigError('layers=(): expected at least one feature map')
         if self.extracted[-len(self.layers):] != self.layers:
             raise ConfigError(f'layers={self.layers}: expected whole numbers that rise, and none of density_layers={self.density_layers} between or after them')
+        if self.embedders > 1 and not self.density_layers: raise ConfigError(f'embedders={self.embedders}: expected 1 where no density_layers join the score')
         if self.lr == 0: raise ConfigError('lr=0: expected a number above 0')
         if sorted(self.tilda_types.split(',')) != sorted(TILDA_FABRICS):
             raise ConfigError(f'tilda_types={self.tilda_types!r}: expected each of {", ".join(TILDA_FABRICS)} once, in any order, separated by commas')
@@ -134,6 +137,11 @@ class Config:
         "A copy with some settings changed."
         _known(changes)
         return dataclasses.replace(self, **changes)
+
+    def alone(self) -> 'Config': # A copy without what joins the score
+        "The settings of a method that has no embedding for raw features to join."
+        own = {f.name: f.default for f in fields(self) if f.name.startswith(('density_', 'embedding_weight', 'embedders'))}
+        return self.replace(**own) if any(getattr(self, name) != value for name, value in own.items()) else self
 
     @property
     def extracted(self) -> tuple: # `layers` and `density_layers`, finest first
@@ -185,12 +193,12 @@ def _known(names):
         value = f'={names[name]!r}' if isinstance(names, dict) else ''
         raise ConfigError(f'{name}{value}: no such setting' + (f'; did you mean {near[0]!r}?' if near else '') + f' Settings: {", ".join(allowed)}')
 
-# %% ../nbs/00_config.ipynb #d9687099
+# %% ../nbs/00_config.ipynb #c578c93f
 _OFFICIAL = dict(profile='official', epochs=50, validation_share=0.2, cycle_momentum=True, weight_decay_scope='embedder', train_axis='columns',
                  score_axis='channels', embedder_batchnorm='frozen', decoder_freeze='optimiser', pair_splits='two',
                  validation_defects='fresh', prototype='nearest', cluster_reduction='max', texture_channels='bgr')
 _SMOKE = dict(profile='smoke', epochs=10, extractor='tf_efficientnet_lite0', weights='packaged')
-_CLEAN = _SMOKE | dict(profile='clean', density_layers=(2, 3, 4))
+_CLEAN = _SMOKE | dict(profile='clean', density_layers=(2, 3, 4), embedders=2)
 PROFILES = {'paper': {}, 'official': _OFFICIAL, 'smoke': _SMOKE, 'clean': _CLEAN}
 
 # %% ../nbs/00_config.ipynb #51dc7779

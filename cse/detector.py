@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #f4239954
+# %% ../nbs/09_detector.ipynb #879c144c
 import hashlib, json, logging
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint
-from .data import DataError, Images, Stopwatch, check_writable, replacing, seeded, split, texture_images
+from .data import DataError, Images, Stopwatch, check_writable, replacing, seed_for, seeded, split, texture_images
 from .surfaces import builtin_textures
 from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor, compile_openvino
@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #9e0dba88
+# %% ../nbs/09_detector.ipynb #c635878e
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -40,10 +40,12 @@ class Detector:
         textures: str | Path | np.ndarray | torch.Tensor = None, # Textures for synthetic defects: a folder, or M×3×h×w; built-in ones if not given
         seed: int = 0, # Seed of everything random
     ):
-        self.config, self.textures, self.seed = config or Config(), textures, seed
+        self.config, self.textures, self.seed = self._concerned(config or Config()), textures, seed
         self.extractor = self.calibration = self._head = None
         self._fitted = self.interrupted = False
         self.history, self.best_epoch, self.clock, self.fitted_on = [], None, Stopwatch(), {}
+
+    def _concerned(self, config): return config.alone() # the settings that concern this method
 
     def __repr__(self):
         name, c = type(self).__name__, self.config
@@ -190,10 +192,18 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #fc3b3da6
+# %% ../nbs/09_detector.ipynb #e9e7389f
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
-    embedder = bank = density = standards = None # Of a fitted detector, the last two where raw features join the score
+    embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
+
+    @property
+    def embedder(self): return self.embedders[0] if self.embedders else None
+
+    @property
+    def bank(self): return self.banks[0] if self.banks else None
+
+    def _concerned(self, config): return config
 
     def _layers(self): return self.config.extracted
 
@@ -202,14 +212,26 @@ class CSE(Detector):
         if count < self.config.clusters: raise DataError(f'{count} images for clusters={self.config.clusters}; expected at least as many images as clusters')
 
     def _learn(self, cache, defects, clock, progress, resume=None):
-        own = cache.coarsest(len(self.config.layers))
-        result = train(own, self.extractor, defects, self.config, self.seed, clock, progress, resume)
-        self.embedder, self.density = result.network, None
-        with clock('bank'), torch.no_grad():
-            z = [self.embedder([f[rows].to(self.extractor.device) for f in own.features])[1] for rows in torch.arange(len(cache)).split(32)]
-            self.bank = MemoryBank.from_config(self.config).fit(torch.cat(z), self.seed)
-            if self.config.density_layers: self._fit_density(cache)
-        return result
+        own, self.embedders, self.banks, self.density = cache.coarsest(len(self.config.layers)), [], [], None
+        for i in range(self.config.embedders):
+            config, seed = self._member(i)
+            state = resume and Progress(resume.path.with_stem(f'{resume.path.stem}-{i}' if i else resume.path.stem), digest([resume.key, i]) if i else resume.key)
+            result = train(own, self.extractor, defects, config, seed, clock, progress, state)
+            self.embedders.append(result.network)
+            with clock('bank'), torch.no_grad():
+                z = [result.network([f[rows].to(self.extractor.device) for f in own.features])[1] for rows in torch.arange(len(cache)).split(32)]
+                self.banks.append(MemoryBank.from_config(config).fit(torch.cat(z), seed))
+            if i == 0: first = result
+            elif state and not result.interrupted: state.path.unlink(missing_ok=True)
+            first.interrupted = result.interrupted
+            if result.interrupted: break
+        if self.config.density_layers:
+            with clock('bank'), torch.no_grad(): self._fit_density(cache)
+        return first
+
+    def _member(self, i):
+        "Settings and seed of embedder i: the split is that of all."
+        return (self.config, self.seed) if i == 0 else (self.config.replace(split_seed=self.config.source_seed(self.seed, 'split')), seed_for(self.seed, 'embedder', i))
 
     def _fit_density(self, cache):
         seen, _, held_out, _ = pair_splits(len(cache), self.config, self.seed)
@@ -222,8 +244,8 @@ class CSE(Detector):
 
     def head(self) -> Head | JointHead: # A network from feature maps to scores and coarse maps, in eval mode
         "What follows the extractor, folded for inference."
-        head = Head(self.embedder, self.bank)
-        if self.density: head = JointHead(head, self.density, self._density_places(), self.config.embedding_weight, self.standards)
+        heads = [Head(embedder, bank) for embedder, bank in zip(self.embedders, self.banks)]
+        head = JointHead(heads, self.density, self._density_places(), self.config.embedding_weight, self.config.density_share, self.standards) if self.density else heads[0]
         return head.eval().to(self.extractor.device)
 
     def save(self,
@@ -232,7 +254,9 @@ class CSE(Detector):
         "Write `model.safetensors` and `model.json`: tensors and settings, nothing executable. The extractor's weights are named, not copied."
         self._ready()
         folder = Path(folder)
-        tensors = {f'embedder.{k}': v.cpu().contiguous() for k, v in self.embedder.state_dict().items()} | {'prototypes': self.bank.prototypes.cpu().contiguous()}
+        tensors = {}
+        for i, embedder, bank in zip(_names(len(self.embedders)), self.embedders, self.banks):
+            tensors |= {f'embedder{i}.{k}': v.cpu().contiguous() for k, v in embedder.state_dict().items()} | {f'prototypes{i}': bank.prototypes.cpu().contiguous()}
         if self.density:
             tensors |= {f'density.{k}': v.cpu().contiguous() for k, v in self.density.state_dict().items()} | {'standards': self.standards.cpu()}
         data = save_tensors(tensors)
@@ -257,26 +281,32 @@ class CSE(Detector):
         self.extractor = FeatureExtractor.from_config(self.config, self._layers())
         if self.extractor.origin['sha256'] != about['extractor']['sha256']:
             raise ModelError(f'{folder}: was fitted with other weights of {self.config.extractor}; expected SHA-256 {about["extractor"]["sha256"]}')
-        self.embedder = Embedder(about['channels'], self.config.embedding_dim)
-        self.bank = MemoryBank.from_config(self.config)
-        prototypes, standards = tensors.pop('prototypes'), tensors.pop('standards', None)
-        density = {k.removeprefix('density.'): tensors.pop(k) for k in list(tensors) if k.startswith('density.')}
-        if bool(density) != bool(self.config.density_layers) or bool(density) != (standards is not None):
-            raise ModelError(f'{folder}/model.safetensors: does not fit model.json (density_layers={self.config.density_layers})')
-        try: self.embedder.load_state_dict({k.removeprefix('embedder.'): v for k, v in tensors.items()})
-        except RuntimeError as e: raise ModelError(f'{folder}/model.safetensors: does not fit model.json ({str(e).splitlines()[-1].strip()})') from e
-        self.embedder.eval().to(self.extractor.device)
-        if density: self.density, self.standards = PatchGaussians(self.config.density_channels, seed=self.seed).restore(density).to(self.extractor.device), standards
-        self.bank.prototypes, self.history, self.best_epoch = prototypes.to(self.extractor.device), about['history'], about['best_epoch']
+        of = lambda part: {k.removeprefix(part): tensors.pop(k) for k in list(tensors) if k.startswith(part)}
+        standards, density, device = tensors.pop('standards', None), of('density.'), self.extractor.device
+        names = _names(sum(k.startswith('prototypes') for k in tensors))
+        if not 0 < len(names) <= self.config.embedders or not bool(density) == bool(self.config.density_layers) == (standards is not None):
+            raise ModelError(f'{folder}/model.safetensors: does not fit model.json (embedders={self.config.embedders}, density_layers={self.config.density_layers})')
+        self.embedders, self.banks = [Embedder(about['channels'], self.config.embedding_dim) for _ in names], [MemoryBank.from_config(self.config) for _ in names]
+        for i, embedder, bank in zip(names, self.embedders, self.banks):
+            try: embedder.load_state_dict(of(f'embedder{i}.'))
+            except RuntimeError as e: raise ModelError(f'{folder}/model.safetensors: does not fit model.json ({str(e).splitlines()[-1].strip()})') from e
+            embedder.eval().to(device)
+            bank.prototypes = tensors.pop(f'prototypes{i}').to(device)
+        if density: self.density, self.standards = PatchGaussians(self.config.density_channels, seed=self.seed).restore(density).to(device), standards
+        self.history, self.best_epoch = about['history'], about['best_epoch']
         self.fitted_on, self._fitted = about.get('fitted_on', {}), True
         if about.get('calibration'): self.calibration = Calibration(about['calibration'])
         return self
 
-# %% ../nbs/09_detector.ipynb #d6cae1cc
+# %% ../nbs/09_detector.ipynb #b8c7472b
 class ModelError(ValueError):
     "A saved detector that cannot be used."
 
 SCHEMA = 3 # of saved detectors
+
+def _names(count):
+    "What the tensors of each embedder are marked by: nothing for the first."
+    return ['', *map(str, range(1, count))][:count]
 
 def _checksum(about):
     "SHA-256 of what `model.json` says, the checksum aside."

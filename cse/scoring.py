@@ -109,11 +109,11 @@ class Head(nn.Module):
         z = self.embedder(features)
         return self.bank.score(z), self.bank.maps(z)
 
-# %% ../nbs/08_scoring.ipynb #faacf233
+# %% ../nbs/08_scoring.ipynb #440453a0
 class PatchGaussians(nn.Module):
     "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
-        channels: int = 60, # Channels of a map that are described, drawn by the seed; all of a map that has fewer
+        channels: int = 40, # Channels of a map that are described, drawn by the seed; all of a map that has fewer
         shrinkage: float = 0.01, # ε, relative to the mean variance at a position
         seed: int = 0, # Seed of the run
     ):
@@ -172,38 +172,41 @@ class PatchGaussians(nn.Module):
         maps = [self._distance(i, f)[:, None] for i, f in enumerate(features)]
         return sum(F.interpolate(m, maps[0].shape[2:], mode='bilinear', align_corners=False) for m in maps)[:, 0]
 
-# %% ../nbs/08_scoring.ipynb #001ac0d6
+# %% ../nbs/08_scoring.ipynb #8f2a81fa
 class JointHead(nn.Module):
     "From feature maps to joined scores and the maps of the Gaussians, for inference."
     def __init__(self,
-        head: Head, # Scores the embedding
+        heads: list, # A `Head` for each embedding
         density: PatchGaussians, # Fitted
         places: list, # Which of the feature maps the Gaussians describe
-        weight: float = 0.5, # w, of the embedding's score
-        standards: torch.Tensor = None, # 2×3 means and standard deviations of largest distance, embedding's score, and distance; `fit` measures them
+        weight: float = 0.5, # w, of the embeddings together
+        share: float = 0.005, # Share of the positions whose distances count; at least one
+        standards: torch.Tensor = None, # 2×(2 + E) means and standard deviations of distance, largest distances, and the embeddings' scores; `fit` measures them
     ):
         super().__init__()
-        self.head, self.density, self.places, self.weight = head, density, places, weight
-        self.register_buffer('standards', torch.tensor([[0.], [1.]]).repeat(1, 3) if standards is None else standards)
+        self.heads, self.density, self.places, self.weight, self.share = nn.ModuleList(heads), density, places, weight, share
+        self.register_buffer('standards', torch.tensor([[0.], [1.]]).repeat(1, 2 + len(heads)) if standards is None else standards)
 
-    def _parts(self, features):
-        maps = self.density([features[i] for i in self.places])
-        return maps.amax((1, 2)), self.head(*features[-len(self.head.embedder.channels):])[0], maps
+    def _parts(self, features, maps):
+        count = max(1, int(self.share * int(maps[0].numel()) + 0.5))
+        largest = maps.flatten(1).topk(count, 1).values.mean(1)
+        return [maps, largest, *(head(*features[-len(head.embedder.channels):])[0] for head in self.heads)]
 
     def fit(self,
         features: list, # A map a layer, N×C×H×W, finest first, of held-out good images
         maps: torch.Tensor, # N×H×W, what `PatchGaussians.fit` found for them
     ): # Itself
         "Measure what is usual for good images."
-        parts = maps.amax((1, 2)), self._parts(features)[1], maps
+        parts = self._parts(features, maps)
         self.standards = torch.stack([torch.stack([p.mean() for p in parts]), torch.stack([p.std().clamp(min=1e-12) for p in parts])])
         return self
 
     def forward(self,
         *features: torch.Tensor, # A map a layer, N×C×H×W, finest first
     ) -> tuple[torch.Tensor, torch.Tensor]: # N scores, about 0 for good images; N×H×W maps, 0 where nothing is unusual
-        peak, embedding, maps = ((part - mean) / deviation for part, mean, deviation in zip(self._parts(features), *self.standards))
-        return peak + self.weight * embedding, maps.clamp(min=0)
+        parts = self._parts(features, self.density([features[i] for i in self.places]))
+        maps, largest, *embeddings = ((part - mean) / deviation for part, mean, deviation in zip(parts, *self.standards))
+        return largest + self.weight * sum(embeddings) / len(embeddings), maps.clamp(min=0)
 
 # %% ../nbs/08_scoring.ipynb #5ee4de3b
 def enlarge_maps(

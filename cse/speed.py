@@ -33,7 +33,7 @@ class Scorer:
     info: Callable # () → dict with the extractor's name, weights, tag, sha256 and engine
     form: str = '' # What tells it from others with the same method and extractor
 
-# %% ../nbs/24_speed.ipynb #9a39986a
+# %% ../nbs/24_speed.ipynb #8c65b164
 def untrained(
     config: Config, # Its extractor, weights, model and scoring settings are used
     seed: int = 0, # Seed of the weights and of the noise
@@ -41,10 +41,10 @@ def untrained(
     "A detector for timing: as it comes out of `fit`, without the training."
     detector = CSE(config, seed=seed)
     detector.extractor = extractor = FeatureExtractor.from_config(config)
-    detector.embedder = make_embedder(extractor.channels, config, seed).eval().to(extractor.device)
+    detector.embedders = [make_embedder(extractor.channels, config, seed).eval().to(extractor.device)]
     noise = torch.rand(max(4, config.clusters), 3, config.crop, config.crop, generator=seeded(seed, 'speed'))
     with torch.no_grad(): z = detector.embedder(extractor(noise))[1]
-    detector.bank = MemoryBank.from_config(config).fit(z, seed)
+    detector.banks = [MemoryBank.from_config(config).fit(z, seed)]
     return detector
 
 # %% ../nbs/24_speed.ipynb #964927c8

@@ -197,7 +197,7 @@ def global_seed(
         try: yield
         finally: np.random.set_state(states[0]); random.setstate(states[1])
 
-# %% ../../nbs/12_peers.anomalib.ipynb #9471e8db
+# %% ../../nbs/12_peers.anomalib.ipynb #78d1cef2
 class Settled(FeatureDetector):
     "A competitor with `settings` of its own, those of the profile `smoke`, and those of its published form."
     settings, smoke, published = {}, {}, {}
@@ -209,7 +209,7 @@ class Settled(FeatureDetector):
     ) -> Config: # Settings of the method
         "Put the settings of the method in place of the profile's. Raises `ConfigError` for an extractor that it cannot take."
         profile = Config(**PROFILES.get(config.profile, {}))
-        own = cls.settings | (cls.smoke if config.profile == 'smoke' else {}) | (cls.published if original else {})
+        own = cls.settings | (cls.smoke if config.profile in ('smoke', 'clean') else {}) | (cls.published if original else {})
         own = {k: v for k, v in own.items() if getattr(config, k) == getattr(profile, k)}
         if original:
             given = config.extractor.split('.')[0] == original.split('.')[0] # then its tag and its weights are those that were asked for

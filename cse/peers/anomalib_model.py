@@ -97,13 +97,14 @@ class Preparation(PreProcessor):
     def load_checkpoint_config(self, config):
         if config: raise ConfigError('this checkpoint was written with another pre-processor; expected it as pre_processor=… of load_from_checkpoint')
 
-# %% ../../nbs/12_peers.anomalib_model.ipynb #fb167ab7
+# %% ../../nbs/12_peers.anomalib_model.ipynb #4566971c
 class CseModel(DynamicBufferMixin, nn.Module):
     "Extractor, embedder and memory bank as one network."
     def __init__(self,
         config: Config, # Every setting
     ):
         super().__init__()
+        if config.density_layers: raise ConfigError(f'density_layers={config.density_layers}: expected none; here the embedding alone scores, as in the paper')
         extractor = FeatureExtractor.from_config(config.replace(weights='random', device='cpu', engine='torch'))
         self.config, self.extractor = config, extractor.model
         self.embedder = FoldedEmbedder(Embedder(extractor.channels, config.embedding_dim))
