@@ -36,7 +36,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #509431e5
+# %% ../nbs/00_config.ipynb #cbbee7aa
 TILDA_FABRICS = ('c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3') # in the order of the release
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ class Config:
         "A copy with some settings changed."
         _known(changes)
         return dataclasses.replace(self, **changes)
-
-    def alone(self) -> 'Config': # A copy without what joins the score
-        "The settings of a method that has no embedding for raw features to join."
-        own = {f.name: f.default for f in fields(self) if f.name.startswith(('density_', 'embedding_weight', 'embedders'))}
-        return self.replace(**own) if any(getattr(self, name) != value for name, value in own.items()) else self
 
     @property
     def extracted(self) -> tuple: # `layers` and `density_layers`, finest first

@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #c635878e
+# %% ../nbs/09_detector.ipynb #9e0dba88
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -40,12 +40,10 @@ class Detector:
         textures: str | Path | np.ndarray | torch.Tensor = None, # Textures for synthetic defects: a folder, or M×3×h×w; built-in ones if not given
         seed: int = 0, # Seed of everything random
     ):
-        self.config, self.textures, self.seed = self._concerned(config or Config()), textures, seed
+        self.config, self.textures, self.seed = config or Config(), textures, seed
         self.extractor = self.calibration = self._head = None
         self._fitted = self.interrupted = False
         self.history, self.best_epoch, self.clock, self.fitted_on = [], None, Stopwatch(), {}
-
-    def _concerned(self, config): return config.alone() # the settings that concern this method
 
     def __repr__(self):
         name, c = type(self).__name__, self.config
@@ -192,7 +190,7 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #e9e7389f
+# %% ../nbs/09_detector.ipynb #286b475a
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
     embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
@@ -202,8 +200,6 @@ class CSE(Detector):
 
     @property
     def bank(self): return self.banks[0] if self.banks else None
-
-    def _concerned(self, config): return config
 
     def _layers(self): return self.config.extracted
 
