@@ -36,7 +36,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #cbbee7aa
+# %% ../nbs/00_config.ipynb #542455f1
 TILDA_FABRICS = ('c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3') # in the order of the release
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Config:
                               ('positions', 'columns', 'channels'))
     cluster_reduction: str = setting('min', 'Which cluster distance is the score; the released code takes the largest', ('min', 'max'))
     density_layers: tuple[int, ...] = setting((), 'Feature maps whose Gaussians join the score (notebook 08); none in the paper', later=True)
-    density_channels: int = setting(40, 'Channels of each map that these Gaussians describe', low=1, later=True)
+    density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1, later=True)
     density_share: float = setting(0.005, 'Share of the positions, those of largest distance, whose mean is the score of the Gaussians', low=0, high=1, later=True)
     embedding_weight: float = setting(0.5, 'Weight of the embedding in a joined score; that of the Gaussians is 1', low=0, later=True)
     embedders: int = setting(1, 'Embedders that are trained, with seeds of their own, and averaged in a joined score', low=1, high=16, later=True)

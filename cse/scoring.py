@@ -109,11 +109,11 @@ class Head(nn.Module):
         z = self.embedder(features)
         return self.bank.score(z), self.bank.maps(z)
 
-# %% ../nbs/08_scoring.ipynb #440453a0
+# %% ../nbs/08_scoring.ipynb #faacf233
 class PatchGaussians(nn.Module):
     "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
-        channels: int = 40, # Channels of a map that are described, drawn by the seed; all of a map that has fewer
+        channels: int = 60, # Channels of a map that are described, drawn by the seed; all of a map that has fewer
         shrinkage: float = 0.01, # ε, relative to the mean variance at a position
         seed: int = 0, # Seed of the run
     ):
