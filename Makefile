@@ -1,5 +1,6 @@
 # make test      everything that is checked, on a fresh clone too
 # make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with competitors, SCHEDULER=processes or an address
+#                TABLES=table6_disagreements ROWS=… SEEDS=3: what the disagreements of text and code are worth
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
 # make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 PROFILE ?= smoke
-TABLES ?= table1_mvtec table2_tilda table3_speed table4_classifier table5_decoder
+TABLES ?= table1_mvtec table2_tilda $(if $(filter clean,$(PROFILE)),,table3_speed) table4_classifier table5_decoder
 DATA ?= $(MVTEC)
 TEXTURES ?= $(DTD)
 # Table 2 has data of its own
@@ -27,7 +28,7 @@ unless = $(if $(and $(filter $(1),$(2)),$(filter-out $(1),$(TABLES))),,$(3))
 parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTURES)) \
   $(call given,extractor,$(call unless,table3_speed,$(1),$(EXTRACTOR))) $(call given,weights,$(call unless,table3_speed,$(1),$(WEIGHTS))) \
   $(call given,methods,$(or $(call unless,table3_speed,$(1),$(METHODS)),$(if $(filter table3_speed,$(1)),all))) $(call given,categories,$(call unless,table2_tilda,$(1),$(CATEGORIES))) \
-  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE)) $(call given,scheduler,$(SCHEDULER))
+  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE)) $(call given,scheduler,$(SCHEDULER)) $(call given,rows,$(if $(filter table6%,$(1)),$(ROWS)))
 
 # an executed notebook keeps its parameters; where data lies on this machine is nobody's business
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')

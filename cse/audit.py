@@ -233,15 +233,19 @@ def compare_lines(
     blocks = [block for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if block[0] != 'equal']
     return [Finding(file, f'line {n}', *_apart(x, y)) for _, i, i2, j, j2 in blocks for n, (x, y) in enumerate(zip_longest(a[i:i2], b[j:j2]), j + 1)]
 
-# %% ../nbs/22_audit.ipynb #414b65c3
+# %% ../nbs/22_audit.ipynb #d335c028
+def _number(path):
+    "Of the table that a file belongs to, or None."
+    found = re.match(r'table(\d+)[_-]', path.name)
+    return int(found[1]) if found else None
+
 def table_notebooks(
     results: str | Path, # Folder of results
 ) -> dict: # Path of an executed table notebook → number of its table
     "Notebooks that state how a table was made."
-    found = {p: re.match(r'table(\d+)_', p.name) for p in sorted((Path(results)/'notebooks').glob('*.ipynb'))}
-    return {p: int(match[1]) for p, match in found.items() if match}
+    return {p: _number(p) for p in sorted((Path(results)/'notebooks').glob('*.ipynb')) if _number(p) in PUBLISHED}
 
-# %% ../nbs/22_audit.ipynb #f4b36cd5
+# %% ../nbs/22_audit.ipynb #bf5e2225
 def _check_notebook(notebook, table, records, folder):
     "Make a table anew in `folder`; tell which runs are missing, and whether the notebook shows another table."
     try: chosen, missing = select(records, table, stated_parameters(notebook))
@@ -258,7 +262,7 @@ def check_tables(
     records: list, # Its records
 ) -> tuple[list, int]: # `Finding`s; number of files that were rebuilt
     "Rebuild the tables of all executed notebooks; compare them with the files and with what the notebooks show."
-    findings, read = [], lambda folder: {p.name: p.read_text() for p in Path(folder).glob('tables/table[0-9]*') if p.suffix in ('.csv', '.md')}
+    findings, read = [], lambda folder: {p.name: p.read_text() for p in Path(folder).glob('tables/table*') if p.suffix in ('.csv', '.md') and _number(p) in PUBLISHED}
     with tempfile.TemporaryDirectory() as folder:
         for notebook, table in table_notebooks(results).items():
             findings += [Finding(f'notebooks/{notebook.name}', *f) for f in _check_notebook(notebook, table, records, folder)]
@@ -269,13 +273,13 @@ def check_tables(
         else: findings += compare_lines(f'tables/{name}', built[name], there[name])
     return findings, len(built)
 
-# %% ../nbs/22_audit.ipynb #0d1dda12
+# %% ../nbs/22_audit.ipynb #b2009757
 def _unchecked(results):
     "(reason, file) for files that hold nothing to be checked."
     notebooks = table_notebooks(results)
     for p in sorted(p for p in results.rglob('*') if p.is_file() and p not in notebooks):
-        if p.suffix == '.json' and p.parent.name == 'records' or p.suffix in ('.csv', '.md') and re.match(r'table\d', p.name): continue
-        yield 'pictures and pages' if p.suffix in ('.svg', '.png', '.webp', '.html') else 'made without records', str(p.relative_to(results))
+        if p.suffix == '.json' and p.parent.name == 'records' or p.suffix in ('.csv', '.md') and _number(p) in PUBLISHED: continue
+        yield 'pictures and pages' if p.suffix in ('.svg', '.png', '.webp', '.html') else 'differences between records (Table 6)' if _number(p) else 'made without records', str(p.relative_to(results))
 
 def audit(
     results: str | Path = 'results', # Folder of results

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 class ConfigError(ValueError):
     "A setting with an unknown name or an impossible value."
 
-# %% ../nbs/00_config.ipynb #6a03cd19
+# %% ../nbs/00_config.ipynb #8a7f46d9
 def setting(
     default, # Value in the `paper` profile
     doc: str, # What it means, unit included
@@ -23,10 +23,10 @@ def setting(
     high: float = None, # Largest allowed number
     runtime: bool = False, # Does it leave the outcome alone?
     selects: bool = False, # Does it only choose files, which the fingerprint of the data covers?
-    later: bool = False, # Did it come after the first records? They are those of its default
+    without: str = '', # Name of the setting without which it has no influence, itself perhaps, which is at its default then
 ): # A dataclass field
     "One documented, bounded field of `Config`."
-    return field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high, runtime=runtime, selects=selects, later=later))
+    return field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high, runtime=runtime, selects=selects, without=without))
 
 # %% ../nbs/00_config.ipynb #a28f2809
 def _is_of_type(value, kind) -> bool:
@@ -36,7 +36,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #542455f1
+# %% ../nbs/00_config.ipynb #7de7b236
 TILDA_FABRICS = ('c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3') # in the order of the release
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class Config:
     score_axis: str = setting('positions', 'What the scoring cosine runs over: all positions of a channel, or the channels of a position',
                               ('positions', 'columns', 'channels'))
     cluster_reduction: str = setting('min', 'Which cluster distance is the score; the released code takes the largest', ('min', 'max'))
-    density_layers: tuple[int, ...] = setting((), 'Feature maps whose Gaussians join the score (notebook 08); none in the paper', later=True)
-    density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1, later=True)
-    density_share: float = setting(0.005, 'Share of the positions, those of largest distance, whose mean is the score of the Gaussians', low=0, high=1, later=True)
-    embedding_weight: float = setting(0.5, 'Weight of the embedding in a joined score; that of the Gaussians is 1', low=0, later=True)
-    embedders: int = setting(1, 'Embedders that are trained, with seeds of their own, and averaged in a joined score', low=1, high=16, later=True)
+    density_layers: tuple[int, ...] = setting((), 'Feature maps whose Gaussians join the score (notebook 08); none in the paper', without='density_layers')
+    density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1, without='density_layers')
+    density_share: float = setting(0.005, 'Share of the positions, those of largest distance, whose mean is the score of the Gaussians', low=0, high=1, without='density_layers')
+    embedding_weight: float = setting(0.5, 'Weight of the embedding in a joined score; that of the Gaussians is 1', low=0, without='density_layers')
+    embedders: int = setting(1, 'Embedders that are trained, with seeds of their own, and averaged in a joined score', low=1, high=16, without='density_layers')
     anomaly_map: str = setting('squared', 'Map by squared distance to the prototype (the text has none, the released code this one)', ('squared', 'none'))
     # sources of chance
-    split_seed: int = setting(-1, 'Seed of the train/validation split; -1 is the seed of the run, here as in the next three', low=-1, later=True)
-    weights_seed: int = setting(-1, 'Seed of the initial weights of embedder and decoder', low=-1, later=True)
-    order_seed: int = setting(-1, 'Seed of which images are paired, and in which order', low=-1, later=True)
-    defects_seed: int = setting(-1, 'Seed of the synthetic defects', low=-1, later=True)
+    split_seed: int = setting(-1, 'Seed of the train/validation split; -1 is the seed of the run, here as in the next three', low=-1, without='split_seed')
+    weights_seed: int = setting(-1, 'Seed of the initial weights of embedder and decoder', low=-1, without='weights_seed')
+    order_seed: int = setting(-1, 'Seed of which images are paired, and in which order', low=-1, without='order_seed')
+    defects_seed: int = setting(-1, 'Seed of the synthetic defects', low=-1, without='defects_seed')
     # runtime
     device: str = setting('auto', "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'", runtime=True)
     engine: str = setting('auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'), runtime=True)
@@ -125,6 +125,7 @@ class Config:
         if self.resize and self.crop > self.resize:
             raise ConfigError(f'crop={self.crop}: expected at most resize={self.resize} (or resize=0, which keeps the size of the images)')
         if self.crop % 8: raise ConfigError(f'crop={self.crop}: expected a multiple of 8 (structural defects shuffle 8×8 cells)')
+        if list(self.density_layers) != sorted({*self.density_layers}): raise ConfigError(f'density_layers={self.density_layers}: expected whole numbers that rise')
         if not self.layers: raise ConfigError('layers=(): expected at least one feature map')
         if self.extracted[-len(self.layers):] != self.layers:
             raise ConfigError(f'layers={self.layers}: expected whole numbers that rise, and none of density_layers={self.density_layers} between or after them')
@@ -215,7 +216,7 @@ def differences(
     return {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Config)
             if f.name != 'profile' and getattr(a, f.name) != getattr(b, f.name)}
 
-# %% ../nbs/00_config.ipynb #e086c698
+# %% ../nbs/00_config.ipynb #d307f2a1
 def digest(
     value, # Anything JSON can hold
     length: int = 12, # Hexadecimal digits
@@ -223,11 +224,15 @@ def digest(
     "A short, stable hash of a JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
+def _is_idle(config, f):
+    "Has a setting no influence?"
+    return (without := f.metadata['without']) != '' and getattr(config, without) == Config.__dataclass_fields__[without].default
+
 def fingerprint(
     config: Config, # Any configuration
 ) -> str: # 12 hexadecimal digits
     "Hash of the settings that decide what a run makes of its images."
-    aside = {f.name for f in fields(config) if f.metadata['runtime'] or f.metadata['selects'] or f.metadata['later'] and getattr(config, f.name) == f.default}
+    aside = {f.name for f in fields(config) if f.metadata['runtime'] or f.metadata['selects'] or _is_idle(config, f)}
     return digest({k: v for k, v in config.to_dict().items() if k not in aside | {'profile'}})
 
 # %% ../nbs/00_config.ipynb #a42a4e5a

@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #9e0dba88
+# %% ../nbs/09_detector.ipynb #822ef8f9
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -93,7 +93,7 @@ class Detector:
         self.clock = clock = Stopwatch()
         with clock('textures'): defects = DefectGenerator(self._textures(), config.texture_channels, config.grey_textures)
         with clock('load'): self.extractor = FeatureExtractor.from_config(config, self._layers())
-        strides = self.extractor.strides
+        strides = self.extractor.strides[-len(config.layers):]
         if any(b != 2 * a for a, b in zip(strides, strides[1:])):
             raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; those of {config.extractor} have strides {strides}')
         if folder: check_writable(folder)
@@ -106,7 +106,7 @@ class Detector:
         self.history, self.best_epoch, self.interrupted, self._head, self._fitted = result.history, result.best_epoch, result.interrupted, None, True
         if kept: self.calibrate(kept)
         if folder: self.save(folder)
-        if resume and not self.interrupted: resume.path.unlink(missing_ok=True)
+        for state in resume.path.parent.glob('training*.pt') if resume and not self.interrupted else (): state.unlink()
         return self
 
     def calibrate(self,
@@ -190,7 +190,7 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #286b475a
+# %% ../nbs/09_detector.ipynb #3fb67f1c
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
     embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
@@ -209,16 +209,20 @@ class CSE(Detector):
 
     def _learn(self, cache, defects, clock, progress, resume=None):
         own, self.embedders, self.banks, self.density = cache.coarsest(len(self.config.layers)), [], [], None
-        for i in range(self.config.embedders):
+        states = [resume, *(resume and Progress(resume.path.with_stem(f'{resume.path.stem}-{i}'), digest([resume.key, i])) for i in range(1, self.config.embedders))]
+        for state in states: state and state.read() # what belongs to another training is refused before this one
+        for i, state in enumerate(states):
             config, seed = self._member(i)
-            state = resume and Progress(resume.path.with_stem(f'{resume.path.stem}-{i}' if i else resume.path.stem), digest([resume.key, i]) if i else resume.key)
-            result = train(own, self.extractor, defects, config, seed, clock, progress, state)
+            try: result = train(own, self.extractor, defects, config, seed, clock, progress, state)
+            except KeyboardInterrupt: # before the first epoch was over: the embedders so far will do
+                if i == 0: raise
+                first.interrupted = True
+                break
             self.embedders.append(result.network)
             with clock('bank'), torch.no_grad():
                 z = [result.network([f[rows].to(self.extractor.device) for f in own.features])[1] for rows in torch.arange(len(cache)).split(32)]
                 self.banks.append(MemoryBank.from_config(config).fit(torch.cat(z), seed))
             if i == 0: first = result
-            elif state and not result.interrupted: state.path.unlink(missing_ok=True)
             first.interrupted = result.interrupted
             if result.interrupted: break
         if self.config.density_layers:
@@ -227,14 +231,16 @@ class CSE(Detector):
 
     def _member(self, i):
         "Settings and seed of embedder i: the split is that of all."
-        return (self.config, self.seed) if i == 0 else (self.config.replace(split_seed=self.config.source_seed(self.seed, 'split')), seed_for(self.seed, 'embedder', i))
+        if i == 0: return self.config, self.seed
+        own = {f'{source}_seed': seed_for(given, 'embedder', i) for source in ('weights', 'order', 'defects') if (given := getattr(self.config, f'{source}_seed')) != -1}
+        return self.config.replace(split_seed=self.config.source_seed(self.seed, 'split'), **own), seed_for(self.seed, 'embedder', i)
 
     def _fit_density(self, cache):
         seen, _, held_out, _ = pair_splits(len(cache), self.config, self.seed)
         density = PatchGaussians(self.config.density_channels, seed=self.seed)
         maps = density.fit([cache.features[i] for i in self._density_places()], seen, held_out)
         self.density, self.standards = density, None
-        self.standards = self.head().fit([f[held_out].to(self.extractor.device) for f in cache.features], maps).standards
+        self.standards = self.head().fit(cache.features, held_out, maps).standards
 
     def _density_places(self): return [self.config.extracted.index(layer) for layer in self.config.density_layers]
 

@@ -6,14 +6,14 @@
 __all__ = ['ROWS', 'SOURCES', 'Row', 'run_disagreements', 'disagreements_frame', 'disagreements_table', 'disagreements_plot',
            'publish_disagreements', 'run_sources', 'sources_table']
 
-# %% ../nbs/28_disagreements.ipynb #e2cb0432
-import tempfile
+# %% ../nbs/28_disagreements.ipynb #8a069117
+import functools, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .config import Config, ConfigError, from_profile
 from .data import replacing
-from .experiments import as_list, as_seeds, as_settings, default_categories, grid
+from .experiments import GridError, as_list, as_seeds, as_settings, default_categories, grid
 from .report import Markdown, markdown
 
 # %% ../nbs/28_disagreements.ipynb #6d24deda
@@ -42,7 +42,7 @@ ROWS = {
     'checkpoint': Row('weights that are kept (not in dispute)', 'least validation loss', 'last epoch', dict(checkpoint='last')),
 }
 
-# %% ../nbs/28_disagreements.ipynb #94981c4f
+# %% ../nbs/28_disagreements.ipynb #563f3660
 def run_disagreements(
     data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
     textures: str = '', # Folder of textures; empty for built-in ones
@@ -65,13 +65,16 @@ def run_disagreements(
     base = from_profile(profile, device=device, **given | as_settings(settings))
     names, seeds, found = as_list(categories, 'categories') or default_categories(data, 1, base), as_seeds(seeds), []
     results = results or tempfile.mkdtemp(prefix='cse-results-')
+    @functools.cache
+    def side(changes): return grid(base.replace(**dict(changes)), data or None, names, ['cse'], seeds, textures=textures, table=6, results=results, force=force, scheduler=scheduler)
+    failures = []
     for name in chosen:
         row = ROWS[name]
-        sides = [grid(base.replace(**row.shared | changes), data or None, names, ['cse'], seeds, textures=textures, table=6, results=results, force=force, scheduler=scheduler)
-                 for changes in ({}, row.changes)]
-        for one, other in zip(*sides):
-            found.append(dict(row=name, category=one['category'], seed=one['seed'], text=one['metrics']['auroc'], code=other['metrics']['auroc'], data=one['data']['name'],
-                              textures=one['textures']['name'], profile=base.profile, epochs=base.epochs, extractor=one['extractor']['name']))
+        try: sides = [side(tuple((row.shared | changes).items())) for changes in ({}, row.changes)]
+        except GridError as e: failures.append(f'{name}: {e}')
+        else: found += [dict(row=name, category=one['category'], seed=one['seed'], text=one['metrics']['auroc'], code=other['metrics']['auroc'], data=one['data']['name'],
+                             textures=one['textures']['name'], profile=base.profile, epochs=base.epochs, extractor=one['extractor']['name']) for one, other in zip(*sides)]
+    if failures: raise GridError('\n'.join(failures))
     return pd.DataFrame(found)
 
 # %% ../nbs/28_disagreements.ipynb #c96637ad

@@ -248,10 +248,11 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #05ebb555
+# %% ../nbs/20_experiments.ipynb #14283242
 def _run_elsewhere(call, results, key):
     "A run on a worker. Returns its record, as text."
     call = call | {name: os.environ.get(f'CSE_{name.upper()}') or call[name] for name in ('data', 'textures') if call.get(name)}
+    if call['config'].device.startswith('cuda:'): call['config'] = call['config'].replace(device='cuda') # a worker sees the GPU that is its own
     found = identify(*(call.get(name) for name in ('config', 'data', 'category', 'method', 'seed', 'textures')))[-1]
     if found != key: raise DataError(f'{call["data"] or "built-in data"}: here the run is {found}, asked for was {key}; expected the same images, textures and weights on every worker')
     with tempfile.TemporaryDirectory() as own:
@@ -283,7 +284,7 @@ def estimates(
         found[record['method']].append(pace)
     return {method: float(np.median(paces)) for method, paces in found.items()}
 
-# %% ../nbs/20_experiments.ipynb #ed4a010e
+# %% ../nbs/20_experiments.ipynb #bccc7774
 class GridError(RuntimeError):
     "Some runs of a grid failed; the others are on record."
 
@@ -295,6 +296,7 @@ def _elsewhere(calls, results, force, scheduler, patience, progress):
     gpu = config.device.startswith('cuda') or config.device == 'auto' and as_scheduler(scheduler)[0] == 'processes' and torch.cuda.is_available()
     for title, call in calls.items():
         method, settings, _, about, _, key = identify(*(call.get(name) for name in ('config', 'data', 'category', 'method', 'seed', 'textures')))
+        call = call | {name: str(Path(call[name]).resolve()) for name in ('data', 'textures') if call.get(name)}
         task = Task(title, (call | dict(force=force), str(Path(results).resolve()), key), pace.get(method, 1e-6) * _pixels(settings, about['train']), {'GPU': 1} if gpu else {})
         if force or not (path := Path(results)/'records'/f'{key}.json').exists():
             tasks.append(task)

@@ -132,7 +132,7 @@ def plot_view(
         **{name: [_percent(r['metrics'][k]) for r in some] for name, k in (('auroc', 'auroc'), ('low', 'auroc_low'), ('high', 'auroc_high'))},
         paper=[(categories.index(row.category), row.published) for row in known[known.method == m].itertuples()]) for m, some in of.items() if some or (known.method == m).any()])
 
-# %% ../nbs/27_page.ipynb #530c1916
+# %% ../nbs/27_page.ipynb #8d896260
 def _pack(text):
     "Compressed text as a JavaScript string."
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
@@ -143,7 +143,7 @@ def _tables(results, records):
     found = [(name, table, some) for name, table, some in found if some]
     return sorted(found + [(f'table{n}', n, []) for n in PUBLISHED if n not in {table for _, table, _ in found}], key=lambda t: (t[1], t[0]))
 
-WHY = ('a record holds none. They are there for runs made with pictures=True, in the folder `pictures` of the results; they are not passed on with the repository, '
+WHY = ('a record holds none. Every run leaves them in the folder `pictures` of its results; they are not passed on with the repository, '
        'since most data sets do not allow it.')
 
 def _data(results, records, tables):

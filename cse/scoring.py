@@ -109,7 +109,7 @@ class Head(nn.Module):
         z = self.embedder(features)
         return self.bank.score(z), self.bank.maps(z)
 
-# %% ../nbs/08_scoring.ipynb #faacf233
+# %% ../nbs/08_scoring.ipynb #94ed34af
 class PatchGaussians(nn.Module):
     "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
@@ -128,11 +128,11 @@ class PatchGaussians(nn.Module):
         x = (self._positions(i, features) - getattr(self, f'mean{i}')).contiguous() # many small products: by far the fastest in this order
         return (x @ getattr(self, f'whitening{i}')).square().sum(2).sqrt().T.reshape(-1, *features.shape[2:])
 
-    def _estimate(self, i, features):
-        "Mean, and the inverse root of the covariance, in double precision and two passes over parts of the images."
-        parts = lambda: (self._positions(i, part).double() for part in features.split(64))
-        mean = sum(x.sum(1, keepdim=True) for x in parts()) / len(features)
-        covariance = sum((x - mean).mT @ (x - mean) for x in parts()) / max(len(features) - 1, 1)
+    def _estimate(self, i, features, rows):
+        "Mean, and the inverse root of the covariance, of some images, in double precision and two passes over parts of them."
+        parts = lambda: (self._positions(i, features[part]).double() for part in rows.split(64))
+        mean = sum(x.sum(1, keepdim=True) for x in parts()) / len(rows)
+        covariance = sum((x - mean).mT @ (x - mean) for x in parts()) / max(len(rows) - 1, 1)
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         diagonal += (self.shrinkage * diagonal.mean(1, keepdim=True)).clamp(min=1e-12)
         identity = torch.eye(covariance.shape[1], dtype=torch.double, device=covariance.device).expand_as(covariance)
@@ -156,12 +156,12 @@ class PatchGaussians(nn.Module):
         device, spread = features[0].device, []
         for i, f in enumerate(features):
             self.register_buffer(f'chosen{i}', torch.randperm(f.shape[1], generator=seeded(self.seed, 'channels', i))[:self.channels].sort().values.to(device))
-            self._estimate(i, f[seen])
-            spread.append(self._distance(i, f[held_out]).std().clamp(min=1e-6))
+            self._estimate(i, f, seen)
+            spread.append(torch.cat([self._distance(i, f[rows]) for rows in held_out.split(32)]).std().clamp(min=1e-6))
             getattr(self, f'whitening{i}').div_(spread[i])
-        maps = self([f[held_out] for f in features])
+        maps = torch.cat([self([f[rows] for f in features]) for rows in held_out.split(32)])
         for i, f in enumerate(features):
-            self._estimate(i, f)
+            self._estimate(i, f, torch.arange(len(f)))
             getattr(self, f'whitening{i}').div_(spread[i])
         return maps
 
@@ -172,7 +172,7 @@ class PatchGaussians(nn.Module):
         maps = [self._distance(i, f)[:, None] for i, f in enumerate(features)]
         return sum(F.interpolate(m, maps[0].shape[2:], mode='bilinear', align_corners=False) for m in maps)[:, 0]
 
-# %% ../nbs/08_scoring.ipynb #8f2a81fa
+# %% ../nbs/08_scoring.ipynb #3dd1be39
 class JointHead(nn.Module):
     "From feature maps to joined scores and the maps of the Gaussians, for inference."
     def __init__(self,
@@ -193,12 +193,14 @@ class JointHead(nn.Module):
         return [maps, largest, *(head(*features[-len(head.embedder.channels):])[0] for head in self.heads)]
 
     def fit(self,
-        features: list, # A map a layer, N×C×H×W, finest first, of held-out good images
-        maps: torch.Tensor, # N×H×W, what `PatchGaussians.fit` found for them
+        features: list, # A map a layer, N×C×H×W, finest first, of good images
+        held_out: torch.Tensor, # Those that `PatchGaussians.fit` held out
+        maps: torch.Tensor, # N×H×W, what it found for them
     ): # Itself
         "Measure what is usual for good images."
-        parts = self._parts(features, maps)
-        self.standards = torch.stack([torch.stack([p.mean() for p in parts]), torch.stack([p.std().clamp(min=1e-12) for p in parts])])
+        batches = zip(held_out.split(32), maps.to(self.standards).split(32))
+        parts = [torch.cat(part) for part in zip(*(self._parts([f[rows].to(self.standards) for f in features], some) for rows, some in batches))]
+        self.standards = torch.stack([torch.stack([p.mean() for p in parts]), torch.stack([p.std(correction=min(1, p.numel() - 1)).clamp(min=1e-12) for p in parts])])
         return self
 
     def forward(self,

@@ -219,7 +219,7 @@ def time_method(
         seconds=dict(build=round(found['build'], 3), total=round(time.perf_counter() - start, 3)), peak_memory_mb=round(found['memory_mb'], 1),
         device=device, threads=threads))
 
-# %% ../nbs/24_speed.ipynb #b47c4e1c
+# %% ../nbs/24_speed.ipynb #7a07f846
 def _line(record, took):
     "A measurement in one line."
     m = record['metrics']
@@ -247,6 +247,7 @@ def run_speed(
     for name, value, least in (('repeats', repeats, 1), ('warmup', warmup, 0)):
         if not isinstance(value, int) or value < least: raise ConfigError(f'{name}={value!r}: expected a whole number of at least {least}')
     config = from_profile(profile, **dict(device=device, extractor=extractor or Config().extractor, weights=weights or 'random') | as_settings(settings))
+    if config.density_layers: raise ConfigError(f'density_layers={config.density_layers}: expected none; Table 3 times the method of the paper, the records of other tables hold the time of every detector')
     names, image = choose([m for m in as_list(methods, 'methods') if m != 'all']), timed_image(data, (as_list(categories, 'categories') or [''])[0])
     Images([image[0]], config).check()
     FeatureExtractor.from_config(config)

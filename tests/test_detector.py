@@ -246,6 +246,21 @@ def test_joined_scores(good, detector, tmp_path):
     with pytest.raises(ModelError, match='density_layers'): CSE.load(tmp_path)
 
 
+def test_training_is_taken_up_in_the_second_embedder(good, tmp_path, monkeypatch):
+    from cse import training
+    write = training.Progress.write
+    def stop(self, **state):
+        write(self, **state)
+        if self.path.stem == 'training-1': raise KeyboardInterrupt
+    monkeypatch.setattr(training.Progress, 'write', stop)
+    first = CSE(Config.clean(**SMALL)).fit(good, progress=False, folder=tmp_path)
+    assert first.interrupted and len(first.embedders) == 2 and CSE.load(tmp_path).score(good[:1]).image == first.score(good[:1]).image
+    monkeypatch.undo()
+    again, whole = (CSE(Config.clean(**SMALL)).fit(good, progress=False, folder=folder) for folder in (tmp_path, None))
+    assert not again.interrupted and np.array_equal(again.score(good).image, whole.score(good).image) and not list(tmp_path.glob('training*'))
+    assert not torch.equal(whole.embedders[0].blocks[0][0].weight, whole.embedders[1].blocks[0][0].weight)
+
+
 def test_joined_scores_are_those_of_their_parts(good):
     "No weight for the embedding: the largest distance alone decides. Competitors and the classifier get the maps of `layers` only."
     alone = CSE(Config.clean(**SMALL, embedding_weight=0.0)).fit(good, progress=False)
@@ -255,7 +270,7 @@ def test_joined_scores_are_those_of_their_parts(good):
     assert MeanDistance(Config.clean(**SMALL)).fit(good, progress=False).extractor.layers == (3, 4)
 
 
-@pytest.mark.parametrize('settings', [dict(layers=()), dict(layers=(4, 3)), dict(layers=(2, 3), density_layers=(4,)), dict(density_layers=(1.5,)), dict(embedding_weight=-1), dict(split_seed=-2)])
+@pytest.mark.parametrize('settings', [dict(layers=()), dict(layers=(4, 3)), dict(layers=(2, 3), density_layers=(4,)), dict(density_layers=(1.5,)), dict(density_layers=(3, 2)), dict(embedding_weight=-1), dict(embedders=2), dict(split_seed=-2)])
 def test_settings_of_joined_scores_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))): Config(**settings)
 

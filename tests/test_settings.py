@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from cse import CSE, Config
+from cse.config import fingerprint
 from cse.data import Images, seeded
 from cse.defects import KINDS, DefectGenerator
 from cse.features import FeatureCache, FeatureExtractor
@@ -41,6 +42,11 @@ def test_profiles_take_the_values_of_their_sources():
                 clusters=(1, 1), decoder=('random', 'random'), resize=(256, 256), crop=(224, 224), extractor=('efficientnet_b3.ra2_in1k',) * 2)
     for name, values in rows.items():
         assert (getattr(PAPER, name), getattr(OFFICIAL, name)) == values, name
+
+
+def test_idle_settings_are_no_part_of_a_run():
+    assert fingerprint(Config.smoke(density_channels=50, embedding_weight=2.0)) == fingerprint(Config.smoke()) == '888996ff6b8f'  # that of the records in results/
+    assert len({fingerprint(Config.clean(**c)) for c in ({}, dict(density_channels=50), dict(embedders=1), dict(density_layers=(2, 4)), dict(split_seed=0))}) == 5
 
 
 def test_parameters_of_the_networks():

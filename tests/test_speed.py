@@ -168,3 +168,8 @@ def test_table3_notebook(timed, surface, tmp_path):
     shown = json.dumps([c.outputs for c in done.cells if c.cell_type == 'code'])
     assert 'CSE tf_efficientnet_lite0, fused' in shown and 'on record' in shown and 'image/png' in shown
     assert before == {p: p.read_bytes() for p in (timed[0] / 'records').iterdir()}
+
+
+def test_joined_scores_are_not_timed_as_the_paper(tmp_path):
+    with pytest.raises(ConfigError, match='times the method of the paper'): run_speed(profile='clean', results=str(tmp_path))
+    assert not list(tmp_path.iterdir())
