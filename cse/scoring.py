@@ -109,7 +109,7 @@ class Head(nn.Module):
         z = self.embedder(features)
         return self.bank.score(z), self.bank.maps(z)
 
-# %% ../nbs/08_scoring.ipynb #94ed34af
+# %% ../nbs/08_scoring.ipynb #4899316d
 class PatchGaussians(nn.Module):
     "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
@@ -118,7 +118,7 @@ class PatchGaussians(nn.Module):
         seed: int = 0, # Seed of the run
     ):
         super().__init__()
-        self.channels, self.shrinkage, self.seed, self.maps = channels, shrinkage, seed, 0
+        self.channels, self.shrinkage, self.seed = channels, shrinkage, seed
 
     def _positions(self, i, features):
         "P×N×d features of map i."
@@ -144,7 +144,6 @@ class PatchGaussians(nn.Module):
     ): # Itself
         "Take up what another one has learned."
         for name, tensor in tensors.items(): self.register_buffer(name, tensor)
-        self.maps = sum(name.startswith('mean') for name in dict(self.named_buffers()))
         return self
 
     def fit(self,
