@@ -3,6 +3,8 @@
 #                TABLES=table6_disagreements ROWS=… SEEDS=3: what the disagreements of text and code are worth
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
+# make swings    where the differences between seeds come from, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
+# make choice    settings chosen without test images, each surface tested with the choice of the others; DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=…
 # make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
 # make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: all results on one page that needs no network
@@ -34,7 +36,7 @@ parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTUR
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
 hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS),$(call hide,$(path)))
 
-.PHONY: test tables benchmark thresholds robustness cluster-test report prepare clean
+.PHONY: test tables benchmark thresholds swings choice robustness cluster-test report prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
@@ -72,12 +74,14 @@ robustness: $(READY)
 cluster-test: $(READY)
 	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py
 
-thresholds: $(READY)
+# notebooks beside the tables: one run each, of which there is one executed copy a data set
+thresholds swings choice: $(READY)
 	@mkdir -p results/notebooks
-	$(papermill) nbs/tables/thresholds.ipynb results/notebooks/thresholds-$(call name,).ipynb -p profile $(PROFILE) -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
-	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) | cat
-	$(BIN)/nbdev_clean --fname results/notebooks/thresholds-$(call name,).ipynb
-	$(hide_paths) results/notebooks/thresholds-$(call name,).ipynb
+	$(papermill) nbs/tables/$@.ipynb results/notebooks/$@-$(call name,).ipynb -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
+	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) \
+	  $(if $(filter choice,$@),$(call given,others,$(METHODS)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE)) | cat
+	$(BIN)/nbdev_clean --fname results/notebooks/$@-$(call name,).ipynb
+	$(hide_paths) results/notebooks/$@-$(call name,).ipynb
 
 report: $(READY)
 	$(BIN)/python -c 'from cse.page import write_page; print(write_page())'

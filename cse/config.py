@@ -36,7 +36,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #7de7b236
+# %% ../nbs/00_config.ipynb #5b11e3ce
 TILDA_FABRICS = ('c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3') # in the order of the release
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Config:
     density_layers: tuple[int, ...] = setting((), 'Feature maps whose Gaussians join the score (notebook 08); none in the paper', without='density_layers')
     density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1, without='density_layers')
     density_share: float = setting(0.005, 'Share of the positions, those of largest distance, whose mean is the score of the Gaussians', low=0, high=1, without='density_layers')
-    embedding_weight: float = setting(0.5, 'Weight of the embedding in a joined score; that of the Gaussians is 1', low=0, without='density_layers')
+    embedding_weight: float = setting(0.25, 'Weight of the embedding in a joined score; that of the Gaussians is 1', low=0, without='density_layers')
     embedders: int = setting(1, 'Embedders that are trained, with seeds of their own, and averaged in a joined score', low=1, high=16, without='density_layers')
     anomaly_map: str = setting('squared', 'Map by squared distance to the prototype (the text has none, the released code this one)', ('squared', 'none'))
     # sources of chance
@@ -189,12 +189,12 @@ def _known(names):
         value = f'={names[name]!r}' if isinstance(names, dict) else ''
         raise ConfigError(f'{name}{value}: no such setting' + (f'; did you mean {near[0]!r}?' if near else '') + f' Settings: {", ".join(allowed)}')
 
-# %% ../nbs/00_config.ipynb #c578c93f
+# %% ../nbs/00_config.ipynb #d9687099
 _OFFICIAL = dict(profile='official', epochs=50, validation_share=0.2, cycle_momentum=True, weight_decay_scope='embedder', train_axis='columns',
                  score_axis='channels', embedder_batchnorm='frozen', decoder_freeze='optimiser', pair_splits='two',
                  validation_defects='fresh', prototype='nearest', cluster_reduction='max', texture_channels='bgr')
 _SMOKE = dict(profile='smoke', epochs=10, extractor='tf_efficientnet_lite0', weights='packaged')
-_CLEAN = _SMOKE | dict(profile='clean', density_layers=(2, 3, 4), embedders=2)
+_CLEAN = _SMOKE | dict(profile='clean', density_layers=(2, 3, 4))
 PROFILES = {'paper': {}, 'official': _OFFICIAL, 'smoke': _SMOKE, 'clean': _CLEAN}
 
 # %% ../nbs/00_config.ipynb #51dc7779

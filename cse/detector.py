@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #879c144c
+# %% ../nbs/09_detector.ipynb #b0b7b990
 import hashlib, json, logging
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor, compile_openvino
 from .model import Embedder
 from .training import Progress, pair_splits, train
-from .scoring import Calibration, CalibrationError, Head, JointHead, MemoryBank, PatchGaussians, Scores
+from .scoring import Calibration, CalibrationError, EmbeddingScores, Head, JointHead, MemoryBank, PatchGaussians, Scores
 
 # %% ../nbs/09_detector.ipynb #658b8ab8
 class Fused(nn.Module):
@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #822ef8f9
+# %% ../nbs/09_detector.ipynb #03fb13ad
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -127,8 +127,11 @@ class Detector:
         "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored."
         side = self.config.crop
         features = self.extractor.compile()(torch.zeros(1, 3, side, side))
-        self._head = compile_openvino(self.head(), features) if self.extractor.engine == 'openvino' else torch.compile(self.head())
+        self._head = self._compile_head(self.head(), features)
         return self
+
+    def _compile_head(self, head, features):
+        return compile_openvino(head, features) if self.extractor.engine == 'openvino' else torch.compile(head)
 
     @torch.no_grad()
     def _scored(self, images):
@@ -190,7 +193,7 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #3fb67f1c
+# %% ../nbs/09_detector.ipynb #2a9f022d
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
     embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
@@ -242,12 +245,18 @@ class CSE(Detector):
         self.density, self.standards = density, None
         self.standards = self.head().fit(cache.features, held_out, maps).standards
 
+    def _compile_head(self, head, features):
+        if not self.density or self.extractor.engine != 'openvino': return super()._compile_head(head, features)
+        own = features[-len(self.config.layers):] # many small products of a position each are left to PyTorch, which is faster at them
+        embed = compile_openvino(head.embeddings, own)
+        return lambda *maps: head.join(maps, *embed(*maps[-len(own):]))
+
     def _density_places(self): return [self.config.extracted.index(layer) for layer in self.config.density_layers]
 
     def head(self) -> Head | JointHead: # A network from feature maps to scores and coarse maps, in eval mode
         "What follows the extractor, folded for inference."
-        heads = [Head(embedder, bank) for embedder, bank in zip(self.embedders, self.banks)]
-        head = JointHead(heads, self.density, self._density_places(), self.config.embedding_weight, self.config.density_share, self.standards) if self.density else heads[0]
+        if not self.density: head = Head(self.embedder, self.bank)
+        else: head = JointHead(EmbeddingScores(self.embedders, self.banks), self.density, self._density_places(), self.config.embedding_weight, self.config.density_share, self.standards)
         return head.eval().to(self.extractor.device)
 
     def save(self,

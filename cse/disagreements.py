@@ -4,16 +4,22 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SOURCES', 'Row', 'run_disagreements', 'disagreements_frame', 'disagreements_table', 'disagreements_plot',
-           'publish_disagreements', 'run_sources', 'sources_table']
+           'publish_disagreements', 'run_sources', 'sources_table', 'run_epochs', 'epochs_table', 'epochs_plot']
 
-# %% ../nbs/28_disagreements.ipynb #8a069117
-import functools, tempfile
+# %% ../nbs/28_disagreements.ipynb #1d09f8c2
+import functools, itertools, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd
+import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .config import Config, ConfigError, from_profile
-from .data import replacing
-from .experiments import GridError, as_list, as_seeds, as_settings, default_categories, grid
+from .data import Images, load_category, replacing, texture_images
+from .surfaces import builtin_textures
+from .defects import DefectGenerator
+from .features import FeatureCache, FeatureExtractor
+from .training import Progress, train
+from .scoring import MemoryBank
+from .metrics import auroc
+from .experiments import GridError, as_list, as_seeds, as_settings, default_categories, grid, resolve_data
 from .report import Markdown, markdown
 
 # %% ../nbs/28_disagreements.ipynb #6d24deda
@@ -77,7 +83,7 @@ def run_disagreements(
     if failures: raise GridError('\n'.join(failures))
     return pd.DataFrame(found)
 
-# %% ../nbs/28_disagreements.ipynb #c96637ad
+# %% ../nbs/28_disagreements.ipynb #348fcf1a
 def _interval(differences):
     "Mean, and half the width of its interval of 95 %."
     from scipy.stats import t
@@ -95,7 +101,7 @@ def disagreements_frame(
     lines = {name: line(pairs) for name, pairs in found.groupby('row', sort=False)}
     base = found[found.row == found.row.iloc[0]].sort_values('seed')
     following = base.assign(difference=100 * (base.groupby('category').text.transform(lambda v: np.roll(v, -1)) - base.text))
-    if base.seed.nunique() > 1: lines['another seed'] = line(following)
+    if base.seed.nunique() > 1: lines['another seed'] = dict(size=following.difference.abs().mean())
     return pd.DataFrame(lines).T.rename_axis('row')
 
 def disagreements_table(
@@ -106,8 +112,9 @@ def disagreements_table(
     categories = list(dict.fromkeys(found.category))
     for name, r in frame.iterrows():
         row = ROWS.get(name, Row('yardstick: another seed', '', '', {}))
-        lines[row.choice] = {'text': row.text, 'code': row.code} | {c: f'{r[c]:+.1f}' for c in categories} | {
-            'mean': f'{r["mean"]:+.1f}' + ('' if np.isnan(r.interval) else f' ± {r.interval:.1f}'), 'typical size': f'{r["size"]:.1f}'}
+        signed = lambda value: '' if np.isnan(value) else f'{value:+.1f}'
+        lines[row.choice] = {'text': row.text, 'code': row.code} | {c: signed(r[c]) for c in categories} | {
+            'mean': signed(r['mean']) + ('' if np.isnan(r.interval) else f' ± {r.interval:.1f}'), 'typical size': f'{r["size"]:.1f}'}
     return markdown(pd.DataFrame(lines).T.rename_axis('choice'))
 
 def disagreements_plot(
@@ -147,23 +154,26 @@ def publish_disagreements(
         plt.close(figure)
     return text
 
-# %% ../nbs/28_disagreements.ipynb #434b8f42
+# %% ../nbs/28_disagreements.ipynb #66c54679
 SOURCES = {'split': 'train/validation split', 'weights': 'initial weights', 'order': 'pairs and their order', 'defects': 'synthetic defects'}
 
 def run_sources(
-    config: Config, # Every setting
-    data: str | None, # Folder of categories in MVTec layout; None for the built-in surfaces
-    names: list, # Categories
-    seeds: list, # Seeds of the source that varies; the run's own is 0
-    results: str = 'results', # Folder of results
-    **kw, # More arguments of `grid`
+    data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
+    textures: str = '', # Folder of textures; empty for built-in ones
+    profile: str = 'smoke', # A profile
+    settings: dict = None, # Other settings than the profile's
+    categories: list | str = '', # Categories; empty for all there are
+    seeds: int | list | str = 1, # Seeds of the source that varies; the run's own is 0
+    results: str = '', # Folder of results; empty for a temporary one
+    device: str = 'auto', # Where to compute
 ) -> pd.DataFrame: # source, category, seed, auroc; the source 'all' varies everything
     "The same run with other draws of one source of chance."
-    found = []
+    config, found = from_profile(profile, device=device, **as_settings(settings)), []
+    names, results = as_list(categories, 'categories') or default_categories(data, 1, config), results or tempfile.mkdtemp(prefix='cse-results-')
     for source in (*SOURCES, 'all'):
-        for seed in seeds:
-            own = config if source == 'all' else config.replace(**{f'{source}_seed': seed})
-            for record in grid(own, data, names, ['cse'], [seed if source == 'all' else 0], results=results, table=6, **kw):
+        for seed in as_seeds(seeds): # seed 0 of a source is the run with seed 0 of everything
+            own = config if source == 'all' or seed == 0 else config.replace(**{f'{source}_seed': seed})
+            for record in grid(own, data or None, names, ['cse'], [seed if source == 'all' else 0], textures=textures, results=results, table=6):
                 found.append(dict(source=source, category=record['category'], seed=seed, auroc=record['metrics']['auroc']))
     return pd.DataFrame(found)
 
@@ -174,3 +184,81 @@ def sources_table(
     spread = 100 * found.groupby(['source', 'category'], sort=False).auroc.std().unstack(sort=False)
     spread['root of the mean square'] = np.sqrt(spread.pow(2).mean(axis=1))
     return markdown(spread.map('{:.1f}'.format).rename(index=SOURCES | {'all': 'everything'}).rename_axis('what varies'))
+
+# %% ../nbs/28_disagreements.ipynb #3267c5c6
+class _Trace(Progress):
+    "Keeps the weights of every epoch, in memory."
+    def __init__(self): self.weights = []
+    def read(self): return None
+    def write(self, network, **rest): self.weights.append({name: t.clone() for name, t in network.items()})
+
+def _average(weights, shares):
+    "Weighted average of state dicts; counters are those of the last."
+    shares = np.array(shares) / sum(shares)
+    return {name: sum(w[name] * s for w, s in zip(weights, shares)) if t.is_floating_point() else t for name, t in weights[-1].items()}
+
+def run_epochs(
+    data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
+    textures: str = '', # Folder of textures; empty for built-in ones
+    profile: str = 'smoke', # A profile
+    settings: dict = None, # Other settings than the profile's
+    categories: list | str = '', # Categories; empty for all there are
+    seeds: int | list | str = 1, # Number of seeds, or a list
+    results: str = '', # Folder of results, the rows go to `tables` in it; empty: nothing is written
+    device: str = 'auto', # Where to compute
+) -> pd.DataFrame: # category, seed, weights (an epoch, or what was averaged), auroc, validation_loss (of an epoch)
+    "AUROC with the weights of each epoch and with averages of them. Nothing is chosen here; test images are read only to be scored."
+    config = from_profile(profile, device=device, **as_settings(settings))
+    names = as_list(categories, 'categories') or default_categories(data, 1, config)
+    root, source = resolve_data(data, names)
+    extractor, rows = FeatureExtractor.from_config(config), []
+    defects = DefectGenerator(texture_images(textures, config.crop, config.workers) if textures else builtin_textures(config.crop), config.texture_channels, config.grey_textures)
+    for name, seed in itertools.product(names, as_seeds(seeds)):
+        found = load_category(root, name, config)
+        cache, trace = FeatureCache(Images(found.train, config), extractor, config), _Trace()
+        training = train(cache, extractor, defects, config, seed, resume=trace)
+        test = [extractor(batch) for batch in Images(found.test, config).check().batches(16)]
+        losses, n = [h['validation_loss'] for h in training.history], len(trace.weights)
+        @torch.no_grad()
+        def measure(weights):
+            training.network.load_state_dict(weights)
+            known = [training.network([f[part].to(extractor.device) for f in cache.features])[1] for part in torch.arange(len(cache)).split(32)]
+            bank = MemoryBank.from_config(config).fit(torch.cat(known), seed)
+            return auroc(found.labels, torch.cat([bank.score(training.network(f)[1]) for f in test]).cpu().numpy())
+        epochs = [measure(w) for w in trace.weights]
+        half = trace.weights[n // 2:]
+        rows += [dict(category=name, seed=seed, weights=f'epoch {i}', auroc=a, validation_loss=l) for i, (a, l) in enumerate(zip(epochs, losses))]
+        kept = {'least validation loss': epochs[int(np.argmin(losses))], 'last epoch': epochs[-1], 'average of the last three': measure(_average(trace.weights[-3:], [1] * min(n, 3))),
+                'average of the second half': measure(_average(half, [1] * len(half))), 'exponential average, 0.7 an epoch': measure(_average(trace.weights, 0.7 ** np.arange(n)[::-1])),
+                'mean over epochs, for comparison': np.mean(epochs), 'best in hindsight, no method': max(epochs)}
+        rows += [dict(category=name, seed=seed, weights=k, auroc=v, validation_loss=np.nan) for k, v in kept.items()]
+    frame = pd.DataFrame(rows)
+    if results:
+        with replacing(Path(results)/'tables'/('epochs-' + '-'.join(f'{source} {profile}'.lower().split()) + '.csv')) as file: frame.round(5).to_csv(file, index=False, lineterminator='\n')
+    return frame
+
+def epochs_table(
+    found: pd.DataFrame, # What `run_epochs` returns
+) -> Markdown: # A table in Markdown
+    "AUROC in percent by what is kept, mean and standard deviation over seeds."
+    kept = found[found.validation_loss.isna()]
+    summary = (100 * kept.groupby(['weights', 'category'], sort=False).auroc.agg(['mean', 'std'])).apply(lambda r: f'{r["mean"]:.1f}' + ('' if np.isnan(r['std']) else f' ± {r["std"]:.1f}'), axis=1)
+    table = summary.unstack(sort=False)
+    table['mean'] = (100 * kept.groupby('weights', sort=False).auroc.mean()).map('{:.1f}'.format)
+    return markdown(table.rename_axis('weights that are kept'))
+
+def epochs_plot(
+    found: pd.DataFrame, # What `run_epochs` returns
+): # A figure
+    "AUROC over epochs, a line a seed; the epoch of least validation loss is marked."
+    epochs = found[found.validation_loss.notna()]
+    names = list(dict.fromkeys(epochs.category))
+    fig, axes = plt.subplots(1, len(names), figsize=(1 + 2.2 * len(names), 2.4), dpi=80, sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names):
+        for seed, some in epochs[epochs.category == name].groupby('seed'):
+            values, best = 100 * some.auroc.values, int(some.validation_loss.values.argmin())
+            ax.plot(values, lw=1, label=f'seed {seed}'); ax.plot(best, values[best], 'o', color=ax.lines[-1].get_color(), markersize=4)
+        ax.set_title(name, fontsize=9); ax.set_xlabel('epoch')
+    axes[0, 0].set_ylabel('image AUROC, %'); axes[0, -1].legend(fontsize=7)
+    fig.tight_layout()
+    return fig

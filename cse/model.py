@@ -55,29 +55,31 @@ class Embedder(nn.Module):
         u = self.blocks[1:](norm(relu(mix(features, conv.weight, self.channels))))
         return u, F.avg_pool2d(u, 2)
 
-# %% ../nbs/05_model.ipynb #024986a9
+# %% ../nbs/05_model.ipynb #e9f1ad3e
 class FoldedEmbedder(nn.Module):
-    "An embedder for inference, from feature maps to z, its batch normalisation folded into the layers that follow."
+    "One embedder or several side by side for inference, from feature maps to z, batch normalisation folded into the layers that follow."
     def __init__(self,
-        embedder: Embedder, # With its final weights
+        *embedders: Embedder, # With their final weights, alike in shape
     ):
         super().__init__()
-        convs, norms = [b[0].weight.detach().double() for b in embedder.blocks], [b[2] for b in embedder.blocks]
+        self.channels, self.count = embedders[0].channels, len(embedders)
+        parts = [self._fold(e) for e in embedders]
+        for name in parts[0]: self.register_buffer(name, torch.cat([part[name] for part in parts], 1 if name in ('scale', 'shift') else 0).detach().float())
+
+    @staticmethod
+    def _fold(embedder):
+        "Weights w and biases b of the convolutions; scale and shift after the pooling."
+        convs, norms = [block[0].weight.double() for block in embedder.blocks], [block[2] for block in embedder.blocks]
         scales = [n.weight.double() / (n.running_var + n.eps).double().sqrt() for n in norms]
         shifts = [n.bias.double() - n.running_mean.double() * s for n, s in zip(norms, scales)]
-        self.channels, keep = embedder.channels, lambda name, t: self.register_buffer(name, t.detach().float())
-        keep('w1', convs[0])
-        for i in (1, 2):
-            keep(f'w{i + 1}', convs[i] * scales[i - 1].view(1, -1, 1, 1))
-            keep(f'b{i + 1}', convs[i][:, :, 0, 0] @ shifts[i - 1])
-        keep('scale', scales[2].view(1, -1, 1, 1))
-        keep('shift', shifts[2].view(1, -1, 1, 1))
+        later = {f'w{i + 1}': convs[i] * scales[i - 1].view(1, -1, 1, 1) for i in (1, 2)} | {f'b{i + 1}': convs[i][:, :, 0, 0] @ shifts[i - 1] for i in (1, 2)}
+        return dict(w1=convs[0], scale=scales[2].view(1, -1, 1, 1), shift=shifts[2].view(1, -1, 1, 1)) | later
 
     def forward(self,
         features: list, # A map a layer, N×C×H×W, finest first
-    ) -> torch.Tensor: # z: N×dim×H/2×W/2
+    ) -> torch.Tensor: # z: N×dim×H/2×W/2; of several, one after the other along the channels
         h = F.relu(mix(features, self.w1, self.channels))
-        h = F.relu(F.conv2d(F.relu(F.conv2d(h, self.w2, self.b2)), self.w3, self.b3))
+        h = F.relu(F.conv2d(F.relu(F.conv2d(h, self.w2, self.b2, groups=self.count)), self.w3, self.b3, groups=self.count))
         return F.avg_pool2d(h, 2) * self.scale + self.shift
 
 # %% ../nbs/05_model.ipynb #ebc8ecd6

@@ -229,13 +229,14 @@ def test_export_says_what_it_cannot_do(detector, tmp_path, monkeypatch):
 
 def test_joined_scores(good, detector, tmp_path):
     "Gaussians of other maps than the embedder's: saved, exported and computed by the other engine they score alike; without them a file is refused."
-    joined = CSE(Config.clean(**SMALL, density_layers=(2, 3))).fit(good, progress=False)
+    joined = CSE(Config.clean(**SMALL, density_layers=(2, 3), embedders=2)).fit(good, progress=False)
     scores = joined.score(good)
     assert joined.extractor.layers == (2, 3, 4) and joined.embedder.channels == detector.embedder.channels and scores.coarse.shape[1:] == (28, 28) and (scores.coarse >= 0).all()
     joined.save(tmp_path)
     assert np.array_equal(CSE.load(tmp_path).score(good).image, scores.image)
     if find_spec('openvino'):
         assert np.allclose(CSE.load(tmp_path, engine='openvino').score(good).image, scores.image, atol=1e-3)
+        assert np.allclose(CSE.load(tmp_path, engine='openvino').compile().score(good).image, scores.image, atol=1e-3)
         images = torch.stack([Images(good, joined.config)[i] for i in range(3)])
         assert np.allclose(run_exported(export(joined, tmp_path / 'joined.xml'), images)[0], scores.image[:3], atol=1e-3)
     about = json.loads((tmp_path / 'model.json').read_text())
@@ -253,10 +254,10 @@ def test_training_is_taken_up_in_the_second_embedder(good, tmp_path, monkeypatch
         write(self, **state)
         if self.path.stem == 'training-1': raise KeyboardInterrupt
     monkeypatch.setattr(training.Progress, 'write', stop)
-    first = CSE(Config.clean(**SMALL)).fit(good, progress=False, folder=tmp_path)
+    first = CSE(Config.clean(**SMALL, embedders=2)).fit(good, progress=False, folder=tmp_path)
     assert first.interrupted and len(first.embedders) == 2 and CSE.load(tmp_path).score(good[:1]).image == first.score(good[:1]).image
     monkeypatch.undo()
-    again, whole = (CSE(Config.clean(**SMALL)).fit(good, progress=False, folder=folder) for folder in (tmp_path, None))
+    again, whole = (CSE(Config.clean(**SMALL, embedders=2)).fit(good, progress=False, folder=folder) for folder in (tmp_path, None))
     assert not again.interrupted and np.array_equal(again.score(good).image, whole.score(good).image) and not list(tmp_path.glob('training*'))
     assert not torch.equal(whole.embedders[0].blocks[0][0].weight, whole.embedders[1].blocks[0][0].weight)
 

@@ -46,7 +46,7 @@ def test_profiles_take_the_values_of_their_sources():
 
 def test_idle_settings_are_no_part_of_a_run():
     assert fingerprint(Config.smoke(density_channels=50, embedding_weight=2.0)) == fingerprint(Config.smoke()) == '888996ff6b8f'  # that of the records in results/
-    assert len({fingerprint(Config.clean(**c)) for c in ({}, dict(density_channels=50), dict(embedders=1), dict(density_layers=(2, 4)), dict(split_seed=0))}) == 5
+    assert len({fingerprint(Config.clean(**c)) for c in ({}, dict(density_channels=50), dict(embedders=2), dict(density_layers=(2, 4)), dict(split_seed=0))}) == 5
 
 
 def test_parameters_of_the_networks():
