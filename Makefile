@@ -4,7 +4,7 @@
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
 # make swings    where the differences between seeds come from, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
-# make choice    settings chosen without test images, each surface tested with the choice of the others; DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=…
+# make choice    settings chosen without test images, each surface tested with the choice of the others; DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
 # make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
 # make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: all results on one page that needs no network
@@ -30,7 +30,7 @@ unless = $(if $(and $(filter $(1),$(2)),$(filter-out $(1),$(TABLES))),,$(3))
 parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTURES)) \
   $(call given,extractor,$(call unless,table3_speed,$(1),$(EXTRACTOR))) $(call given,weights,$(call unless,table3_speed,$(1),$(WEIGHTS))) \
   $(call given,methods,$(or $(call unless,table3_speed,$(1),$(METHODS)),$(if $(filter table3_speed,$(1)),all))) $(call given,categories,$(call unless,table2_tilda,$(1),$(CATEGORIES))) \
-  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE)) $(call given,scheduler,$(SCHEDULER)) $(call given,rows,$(if $(filter table6%,$(1)),$(ROWS)))
+  $(call given,seeds,$(SEEDS)) $(call given,force,$(FORCE)) $(call given,device,$(DEVICE)) $(call given,scheduler,$(SCHEDULER)) $(if $(filter table6%,$(1)),-p rows '$(ROWS)')
 
 # an executed notebook keeps its parameters; where data lies on this machine is nobody's business
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
@@ -79,7 +79,7 @@ thresholds swings choice: $(READY)
 	@mkdir -p results/notebooks
 	$(papermill) nbs/tables/$@.ipynb results/notebooks/$@-$(call name,).ipynb -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) \
-	  $(if $(filter choice,$@),$(call given,others,$(METHODS)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE)) | cat
+	  $(if $(filter choice,$@),$(call given,methods,$(METHODS)) $(call given,profiles,$(PROFILES)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE)) | cat
 	$(BIN)/nbdev_clean --fname results/notebooks/$@-$(call name,).ipynb
 	$(hide_paths) results/notebooks/$@-$(call name,).ipynb
 

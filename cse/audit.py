@@ -6,14 +6,14 @@
 __all__ = ['Finding', 'Audit', 'identity', 'check_record', 'check_together', 'stated_parameters', 'select', 'compare_lines',
            'table_notebooks', 'check_tables', 'audit']
 
-# %% ../nbs/22_audit.ipynb #8e31788b
+# %% ../nbs/22_audit.ipynb #fd63481d
 import ast, difflib, fnmatch, json, math, re, tempfile
 from itertools import zip_longest
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from .config import Config, fingerprint, from_profile
+from .config import Config, fingerprint, from_profile, settings_of
 from .surfaces import SURFACES, TEXTILES
 from .experiments import BUILTIN, BUILTIN_TEXTILES, RECORD_SCHEMA, as_list, as_methods, as_seeds, as_settings, record_name, run_key, variant
 from .metrics import auroc, auroc_interval
@@ -175,7 +175,7 @@ def stated_parameters(
             for line in ast.parse(''.join(cell['source'])).body: found |= {t.id: ast.literal_eval(line.value) for t in line.targets}
     return found
 
-# %% ../nbs/22_audit.ipynb #614eebcc
+# %% ../nbs/22_audit.ipynb #1c1cafc9
 def _of_data(records, table, data, names):
     "Records of the data that a notebook names."
     source = Path(data).name if data else BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
@@ -192,15 +192,15 @@ def select(
     if not (names or stated['data']): names = list(TEXTILES if table == 2 else SURFACES)
     given = {k: Path(stated[k]).name for k in ('extractor', 'weights') if stated[k]}
     config, textures = from_profile(stated['profile'], **given | as_settings(stated['settings'])), Path(stated['textures']).name or 'built-in textures'
-    wanted = {(m, fingerprint(c)) for m, c in (variant(name, config) for name in as_methods(stated['methods'], table))}
-    of = lambda r: (r['method'], fingerprint(Config.from_dict(r['config'])))
+    wanted = {(m, fingerprint(settings_of(m, c)), c.profile) for m, c in (variant(name, config) for name in as_methods(stated['methods'], table))}
+    of = lambda r: (r['method'], fingerprint(settings_of(r['method'], Config.from_dict(r['config']))), r['profile'])
     here = [r for r in records if not _is_timing(r) and r['seed'] in seeds and r['textures']['name'] == textures and of(r) in wanted]
     here = _of_data(here, table, stated['data'], names)
     there = {r['category'] for r in here}
     names = names or (SURFACES if table != 2 and set(SURFACES) <= there else sorted(there))
     chosen = [r for r in here if r['category'] in names]
     runs = {(*of(r), r['category'], r['seed']) for r in chosen}
-    return chosen, [f'{m} on {c} with seed {s}' for m, f in sorted(wanted) for c in names for s in seeds if (m, f, c, s) not in runs]
+    return chosen, [f'{m} on {c} with seed {s}' for m, f, p in sorted(wanted) for c in names for s in seeds if (m, f, p, c, s) not in runs]
 
 # %% ../nbs/22_audit.ipynb #4dfc75ba
 def _select_timings(records, stated):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILDA_FABRICS', 'PROFILES', 'ConfigError', 'setting', 'Config', 'from_profile', 'differences', 'digest',
-           'fingerprint', 'describe']
+           'fingerprint', 'settings_of', 'describe']
 
 # %% ../nbs/00_config.ipynb #2923ef47
 import dataclasses, difflib, hashlib, json, math, typing
@@ -36,7 +36,7 @@ def _is_of_type(value, kind) -> bool:
     if isinstance(value, bool): return False
     return isinstance(value, (int, float) if kind is float else kind) and (kind is not float or math.isfinite(value))
 
-# %% ../nbs/00_config.ipynb #5b11e3ce
+# %% ../nbs/00_config.ipynb #6041ecac
 TILDA_FABRICS = ('c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3') # in the order of the release
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Config:
 
     @staticmethod
     def clean(**changes) -> 'Config':
-        "The smoke profile, its score joined by Gaussians of raw features: steadier and better than the paper on real surfaces."
+        "The smoke profile, its score joined by Gaussians of raw features (notebooks 08 and 29). No reproduction."
         return from_profile('clean', **changes)
 
 # %% ../nbs/00_config.ipynb #d5e4046e
@@ -234,6 +234,14 @@ def fingerprint(
     "Hash of the settings that decide what a run makes of its images."
     aside = {f.name for f in fields(config) if f.metadata['runtime'] or f.metadata['selects'] or _is_idle(config, f)}
     return digest({k: v for k, v in config.to_dict().items() if k not in aside | {'profile'}})
+
+# %% ../nbs/00_config.ipynb #a40802bd
+def settings_of(
+    method: str, # Name of a method; 'cse' for this one
+    config: Config, # Every setting
+) -> Config: # Settings of joined scores at their defaults, where the method is another
+    "The settings that concern a method."
+    return config if method == 'cse' else config.replace(**{f.name: f.default for f in fields(config) if f.metadata['without'] == 'density_layers'})
 
 # %% ../nbs/00_config.ipynb #a42a4e5a
 def describe(

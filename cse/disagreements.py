@@ -6,12 +6,13 @@
 __all__ = ['ROWS', 'SOURCES', 'Row', 'run_disagreements', 'disagreements_frame', 'disagreements_table', 'disagreements_plot',
            'publish_disagreements', 'run_sources', 'sources_table', 'run_epochs', 'epochs_table', 'epochs_plot']
 
-# %% ../nbs/28_disagreements.ipynb #1d09f8c2
+# %% ../nbs/28_disagreements.ipynb #e95ec650
 import functools, itertools, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from .config import Config, ConfigError, from_profile
+from torch.optim.swa_utils import update_bn
+from .config import ConfigError, from_profile
 from .data import Images, load_category, replacing, texture_images
 from .surfaces import builtin_textures
 from .defects import DefectGenerator
@@ -154,7 +155,7 @@ def publish_disagreements(
         plt.close(figure)
     return text
 
-# %% ../nbs/28_disagreements.ipynb #66c54679
+# %% ../nbs/28_disagreements.ipynb #c64572f6
 SOURCES = {'split': 'train/validation split', 'weights': 'initial weights', 'order': 'pairs and their order', 'defects': 'synthetic defects'}
 
 def run_sources(
@@ -183,9 +184,9 @@ def sources_table(
     "Standard deviation of the AUROC over the draws of each source, in points."
     spread = 100 * found.groupby(['source', 'category'], sort=False).auroc.std().unstack(sort=False)
     spread['root of the mean square'] = np.sqrt(spread.pow(2).mean(axis=1))
-    return markdown(spread.map('{:.1f}'.format).rename(index=SOURCES | {'all': 'everything'}).rename_axis('what varies'))
+    return markdown(spread.map(lambda v: '–' if np.isnan(v) else f'{v:.1f}').rename(index=SOURCES | {'all': 'everything'}).rename_axis('what varies'))
 
-# %% ../nbs/28_disagreements.ipynb #3267c5c6
+# %% ../nbs/28_disagreements.ipynb #d5ddf468
 class _Trace(Progress):
     "Keeps the weights of every epoch, in memory."
     def __init__(self): self.weights = []
@@ -209,6 +210,7 @@ def run_epochs(
 ) -> pd.DataFrame: # category, seed, weights (an epoch, or what was averaged), auroc, validation_loss (of an epoch)
     "AUROC with the weights of each epoch and with averages of them. Nothing is chosen here; test images are read only to be scored."
     config = from_profile(profile, device=device, **as_settings(settings))
+    if config.density_layers: raise ConfigError(f'density_layers={config.density_layers}: weights of the embedding are compared by its own score; expected a profile without them')
     names = as_list(categories, 'categories') or default_categories(data, 1, config)
     root, source = resolve_data(data, names)
     extractor, rows = FeatureExtractor.from_config(config), []
@@ -217,19 +219,23 @@ def run_epochs(
         found = load_category(root, name, config)
         cache, trace = FeatureCache(Images(found.train, config), extractor, config), _Trace()
         training = train(cache, extractor, defects, config, seed, resume=trace)
+        if training.interrupted: raise KeyboardInterrupt
         test = [extractor(batch) for batch in Images(found.test, config).check().batches(16)]
         losses, n = [h['validation_loss'] for h in training.history], len(trace.weights)
+        parts = [[f[part].to(extractor.device) for f in cache.features] for part in torch.arange(len(cache)).split(32)]
         @torch.no_grad()
-        def measure(weights):
+        def measure(weights, averaged=False):
             training.network.load_state_dict(weights)
-            known = [training.network([f[part].to(extractor.device) for f in cache.features])[1] for part in torch.arange(len(cache)).split(32)]
+            if averaged: update_bn([(part,) for part in parts], training.network)
+            training.network.eval()
+            known = [training.network(part)[1] for part in parts]
             bank = MemoryBank.from_config(config).fit(torch.cat(known), seed)
             return auroc(found.labels, torch.cat([bank.score(training.network(f)[1]) for f in test]).cpu().numpy())
         epochs = [measure(w) for w in trace.weights]
         half = trace.weights[n // 2:]
         rows += [dict(category=name, seed=seed, weights=f'epoch {i}', auroc=a, validation_loss=l) for i, (a, l) in enumerate(zip(epochs, losses))]
-        kept = {'least validation loss': epochs[int(np.argmin(losses))], 'last epoch': epochs[-1], 'average of the last three': measure(_average(trace.weights[-3:], [1] * min(n, 3))),
-                'average of the second half': measure(_average(half, [1] * len(half))), 'exponential average, 0.7 an epoch': measure(_average(trace.weights, 0.7 ** np.arange(n)[::-1])),
+        kept = {'least validation loss': epochs[int(np.argmin(losses))], 'last epoch': epochs[-1], 'average of the last three': measure(_average(trace.weights[-3:], [1] * min(n, 3)), True),
+                'average of the second half': measure(_average(half, [1] * len(half)), True), 'exponential average, 0.7 an epoch': measure(_average(trace.weights, 0.7 ** np.arange(n)[::-1]), True),
                 'mean over epochs, for comparison': np.mean(epochs), 'best in hindsight, no method': max(epochs)}
         rows += [dict(category=name, seed=seed, weights=k, auroc=v, validation_loss=np.nan) for k, v in kept.items()]
     frame = pd.DataFrame(rows)

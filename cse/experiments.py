@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_meth
            'grid', 'read_parameters', 'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories',
            'run_table']
 
-# %% ../nbs/20_experiments.ipynb #e5d521c8
+# %% ../nbs/20_experiments.ipynb #36db3fe0
 import functools, hashlib, inspect, json, os, platform, resource, subprocess, sys, tempfile, time, traceback
 from collections import defaultdict
 from contextlib import closing
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
 from tqdm import tqdm
-from .config import Config, ConfigError, digest, fingerprint, from_profile
+from .config import Config, ConfigError, digest, fingerprint, from_profile, settings_of
 from .data import Category, DataError, Images, categories, category_fingerprint, check_writable, files_fingerprint, image_files, load_category, published_name, read_masks, replacing
 from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from .features import pick_device
@@ -119,7 +119,7 @@ def latency(
         found.append(1000 * (time.perf_counter() - start))
     return dict(zip(('low', 'median', 'high'), np.percentile(found[3:], [5, 50, 95]).round(3).tolist()), repeats=repeats)
 
-# %% ../nbs/20_experiments.ipynb #3a2a6fc2
+# %% ../nbs/20_experiments.ipynb #48eb92eb
 RECORD_SCHEMA = 1
 
 def record_name(
@@ -140,7 +140,7 @@ def run_key(
     "Identity of a run."
     file = Path(config.weights)
     weights = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else config.weights
-    decides = [RECORD_SCHEMA, method, fingerprint(config.replace(weights=weights)), data['fingerprint'], textures['fingerprint'], category, seed]
+    decides = [RECORD_SCHEMA, method, fingerprint(settings_of(method, config.replace(weights=weights))), data['fingerprint'], textures['fingerprint'], category, seed]
     return record_name(f'{method}-{data["name"]}-{category}-{config.profile}-seed{seed}', decides)
 
 def write_record(

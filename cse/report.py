@@ -7,12 +7,12 @@ __all__ = ['PUBLISHED', 'Published', 'Markdown', 'markdown', 'published_frame', 
            'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'plot_latency', 'render', 'write_report',
            'publish']
 
-# %% ../nbs/21_report.ipynb #ff56c903
+# %% ../nbs/21_report.ipynb #dd46ee90
 import functools, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
-from .config import Config, ConfigError, differences, from_profile
+from .config import Config, ConfigError, differences, from_profile, settings_of
 from .data import replacing
 from .metrics import mean_sd
 
@@ -265,7 +265,7 @@ def table_frame(
     wide = frame.assign(cell=cells).pivot(index='method', columns='category', values='cell')
     return wide.loc[frame.method.unique(), frame.category.unique()].rename_axis(columns=None)
 
-# %% ../nbs/21_report.ipynb #10795ef3
+# %% ../nbs/21_report.ipynb #34f0ffbd
 def _extractor(record):
     "An extractor with its weights in words."
     e = record['extractor']
@@ -273,7 +273,7 @@ def _extractor(record):
 
 def _deviations(record, paper, without=()):
     "Settings of a run that are not those of its profile, the varied one and some more aside."
-    try: changed = differences(from_profile(record['profile']), Config.from_dict(record['config']))
+    try: changed = differences(*(settings_of(record['method'], c) for c in (from_profile(record['profile']), Config.from_dict(record['config']))))
     except ConfigError: return 'settings of its own'
     plain = lambda v: Path(v).name if isinstance(v, str) and '/' in v else v
     return ', '.join(f'{k} = {plain(new)} instead of {old}' for k, (old, new) in changed.items() if k not in _RUNTIME | set(without) and f'config.{k}' != paper.variant)

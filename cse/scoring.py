@@ -17,7 +17,7 @@ from .data import DataError, seed_for, seeded
 from .model import Embedder, FoldedEmbedder
 from .losses import as_vectors
 
-# %% ../nbs/08_scoring.ipynb #9ffc28e9
+# %% ../nbs/08_scoring.ipynb #20eaafc0
 class MemoryBank(nn.Module):
     "k-means prototypes of defect-free embeddings, and distances to them (§3.5)."
     def __init__(self,
@@ -72,6 +72,7 @@ class MemoryBank(nn.Module):
         z: torch.Tensor, # N×C×H×W embeddings
     ) -> torch.Tensor: # N×k values of 1 − Sim, in [0, 2]
         "Cosine distance to every prototype, as half the squared distance of unit vectors."
+        if self.prototypes is None: raise RuntimeError('this memory bank has no prototypes; call fit(z) with embeddings of defect-free images')
         shifted = self._unit(z) - self._origin
         return (shifted.square().sum(1, keepdim=True) / 2 + self._squared - shifted @ self._matrix).clamp(min=0)
 
@@ -168,7 +169,7 @@ class PatchGaussians(nn.Module):
         maps = [self._distance(i, f)[:, None] for i, f in enumerate(features)]
         return sum(F.interpolate(m, maps[0].shape[2:], mode='bilinear', align_corners=False) for m in maps)[:, 0]
 
-# %% ../nbs/08_scoring.ipynb #13b92130
+# %% ../nbs/08_scoring.ipynb #59455af5
 class EmbeddingScores(nn.Module):
     "From feature maps to the scores of several embeddings, in one pass."
     def __init__(self,
@@ -176,6 +177,7 @@ class EmbeddingScores(nn.Module):
         banks: list, # Their memory banks, fitted
     ):
         super().__init__()
+        if not len(embedders) == len(banks) > 0: raise ConfigError(f'{len(embedders)} embedders, {len(banks)} memory banks: expected as many of both, one at least')
         self.embedder, self.banks = FoldedEmbedder(*embedders), nn.ModuleList(map(copy.deepcopy, banks))
 
     def forward(self,
