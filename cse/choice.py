@@ -268,11 +268,11 @@ def choice_plot(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/29_choice.ipynb #728586dc
+# %% ../nbs/29_choice.ipynb #74a4780b
 def _write(evidence, tested, about, path):
     "Markdown, CSV and SVG."
     epochs = ', '.join(f'{count} ({method})' for method, count in tested.groupby('method', sort=False).epochs.first().items() if method.startswith('CSE'))
-    words = (f'**Settings chosen without the surface they are tested on.** Image AUROC, %, mean ± standard deviation over seeds ({", ".join(map(str, sorted(set(tested.seed))))}); ms: time of an image from tensor to score. {about} Epochs: {epochs}. '
+    words = (f'**Settings chosen without the surface they are tested on.** Image AUROC, %, mean ± standard deviation over seeds ({", ".join(map(str, sorted(set(tested.seed))))}); ms: time of an image from tensor to score in the fastest of these runs, which were made at different times, so only large differences mean anything. {about} Epochs: {epochs}. '
              f'Evidence: synthetic defects on training images, seeds {", ".join(map(str, sorted(set(evidence.seed))))}.')
     with replacing(f'{path}.md') as file: file.write_text(f'{words}\n\n{choice_table(tested)}\n\n{choices_table(tested)}\n\n![AUROC and time of each method]({path.name}.svg)\n', encoding='utf-8')
     with replacing(f'{path}.csv') as file: tested.round(4).to_csv(file, index=False, lineterminator='\n')

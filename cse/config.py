@@ -207,26 +207,27 @@ def from_profile(
     _known(changes)
     return Config(**PROFILES[profile] | changes)
 
-# %% ../nbs/00_config.ipynb #3f2c8ee7
+# %% ../nbs/00_config.ipynb #b7d0e8b3
+def _is_idle(config, f):
+    "Has a setting no influence?"
+    return (without := f.metadata['without']) != '' and getattr(config, without) == Config.__dataclass_fields__[without].default
+
+# %% ../nbs/00_config.ipynb #7d591475
 def differences(
     a: Config, # One configuration
     b: Config, # The other
 ) -> dict: # Setting → (value in a, value in b)
-    "The settings in which two configurations differ, their names aside."
+    "The settings in which two configurations differ, their names aside, and what has no influence on either."
     return {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Config)
-            if f.name != 'profile' and getattr(a, f.name) != getattr(b, f.name)}
+            if f.name != 'profile' and getattr(a, f.name) != getattr(b, f.name) and not (_is_idle(a, f) and _is_idle(b, f))}
 
-# %% ../nbs/00_config.ipynb #d307f2a1
+# %% ../nbs/00_config.ipynb #ce73b484
 def digest(
     value, # Anything JSON can hold
     length: int = 12, # Hexadecimal digits
 ) -> str: # Start of its SHA-256
     "A short, stable hash of a JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
-
-def _is_idle(config, f):
-    "Has a setting no influence?"
-    return (without := f.metadata['without']) != '' and getattr(config, without) == Config.__dataclass_fields__[without].default
 
 def fingerprint(
     config: Config, # Any configuration

@@ -32,7 +32,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #03fb13ad
+# %% ../nbs/09_detector.ipynb #822ef8f9
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -127,11 +127,8 @@ class Detector:
         "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored."
         side = self.config.crop
         features = self.extractor.compile()(torch.zeros(1, 3, side, side))
-        self._head = self._compile_head(self.head(), features)
+        self._head = compile_openvino(self.head(), features) if self.extractor.engine == 'openvino' else torch.compile(self.head())
         return self
-
-    def _compile_head(self, head, features):
-        return compile_openvino(head, features) if self.extractor.engine == 'openvino' else torch.compile(head)
 
     @torch.no_grad()
     def _scored(self, images):
@@ -193,7 +190,7 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #2a9f022d
+# %% ../nbs/09_detector.ipynb #0aaedbad
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
     embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
@@ -244,12 +241,6 @@ class CSE(Detector):
         maps = density.fit([cache.features[i] for i in self._density_places()], seen, held_out)
         self.density, self.standards = density, None
         self.standards = self.head().fit(cache.features, held_out, maps).standards
-
-    def _compile_head(self, head, features):
-        if not self.density or self.extractor.engine != 'openvino': return super()._compile_head(head, features)
-        own = features[-len(self.config.layers):] # many small products of a position each are left to PyTorch, which is faster at them
-        embed = compile_openvino(head.embeddings, own)
-        return lambda *maps: head.join(maps, *embed(*maps[-len(own):]))
 
     def _density_places(self): return [self.config.extracted.index(layer) for layer in self.config.density_layers]
 
