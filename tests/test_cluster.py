@@ -87,7 +87,7 @@ def test_one_worker_killed_and_one_hung(surface, tmp_path, monkeypatch, method, 
         while not (marks / '5').exists(): time.sleep(0.05)
         os.kill(int((marks / '5').read_text()), signal.SIGKILL)
     (killer := threading.Thread(target=kill, daemon=True)).start()
-    records = grid(SMALL, **ask, results=tmp_path / 'cluster', scheduler='processes:4', patience=6)
+    records = grid(SMALL, **ask, results=tmp_path / 'cluster', scheduler='processes:4', patience=30)
     killer.join(timeout=1)
     assert not killer.is_alive() and {p.name for p in marks.iterdir()} == {'5', '6'}
     assert [r['seed'] for r in records] == list(range(24)) and len(list((tmp_path / 'cluster/records').iterdir())) == 24
@@ -145,7 +145,8 @@ def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, monk
     assert found.keys() == set(range(12))
     assert all(found[i].value == (str(max(1, len(os.sched_getaffinity(0)) // 2)), True) for i in (0, *range(4, 12)))
     assert all(isinstance(found[i].error, WorkerLost) and '2 times' in str(found[i].error) for i in (1, 3)) and str(found[2].error) == 'an error'
-    assert [len((tmp_path / str(i)).read_text()) for i in range(4)] == [2, 2, 1, 2]
+    first, *others = [len((tmp_path / str(i)).read_text()) for i in range(4)]
+    assert first >= 2 and others == [2, 1, 2] # Dask computes a result again that is lost with its worker before it was fetched
 
 
 def test_a_dask_scheduler_of_ones_own(tmp_path):
