@@ -63,7 +63,7 @@ def row(
     met = ratio >= target[1] if target[0] == '≥' else ratio <= target[1]
     return about | dict(target=f'{target[0]} {target[1]:g}', met='yes' if met else 'no')
 
-# %% ../nbs/23_benchmark.ipynb #25d08e59
+# %% ../nbs/23_benchmark.ipynb #dc93d2a9
 class Bench:
     "Images, extractor and detector on which everything is timed."
     def __init__(self,
@@ -79,7 +79,7 @@ class Bench:
         self.detector = CSE(self.config.replace(epochs=1), textures).fit(self.category.train, progress=False).compile()
         self.extractor, self.eager = self.detector.extractor, FeatureExtractor.from_config(self.config.replace(engine='torch'))
         self.cache = FeatureCache(Images(self.category.train, self.config), self.extractor, self.config)
-        self.defects = DefectGenerator(np.array(self.detector._textures()[:200]))
+        self.defects = DefectGenerator(np.array(DefectGenerator.from_config(self.config, textures).textures[:200]))
 
 # %% ../nbs/23_benchmark.ipynb #dd50c83b
 def training_step(

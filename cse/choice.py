@@ -7,20 +7,20 @@ __all__ = ['KINDS', 'GRID', 'ALONE', 'CHOSEN', 'NAMES', 'scars', 'stains', 'fain
            'candidate_scores', 'gather_evidence', 'choose', 'evidence_table', 'effects_table', 'run_choice',
            'choice_table', 'choices_table', 'choice_plot']
 
-# %% ../nbs/29_choice.ipynb #bf4d924e
+# %% ../nbs/29_choice.ipynb #167558f1
 import itertools, tempfile
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from .config import ConfigError, fingerprint, from_profile
-from .data import Images, files_fingerprint, replacing, seeded, split, texture_images
-from .surfaces import builtin_textures
+from .data import Images, files_fingerprint, replacing, seeded, split
 from .defects import DefectGenerator
 from .training import pair_splits
 from .scoring import EmbeddingScores, JointHead, PatchGaussians
 from .detector import CSE
 from .metrics import auroc
 from .experiments import as_list, as_methods, as_seeds, as_settings, default_categories, grid, identify, record_name
-from .report import Markdown, markdown
+from .report import Markdown, markdown, write_files
+from .disagreements import spread_frame
 
 # %% ../nbs/29_choice.ipynb #295ef15c
 def _spots(u, size):
@@ -111,7 +111,7 @@ def candidate_scores(
     def score(s): return gaussians[s['density_layers'], s['density_channels'], s['density_share']] + s['embedding_weight'] * standardised[:, :s['embedders']].mean(1)
     return {name: (score(s) if s else embedded[:, 0]).cpu().numpy() for name, s in candidates().items()}
 
-# %% ../nbs/29_choice.ipynb #90a2d2d8
+# %% ../nbs/29_choice.ipynb #ad8ff721
 def _evidence_config(settings, device):
     "What all candidates share."
     own = as_settings(settings)
@@ -131,7 +131,7 @@ def gather_evidence(
     config, seeds, frames = _evidence_config(settings, device), as_seeds(seeds), []
     names = as_list(categories, 'categories') or default_categories(data)
     about = {name: identify(config, data or None, name, 'cse', 0, textures or None) for name in names} # refuses what cannot be run
-    pool = texture_images(textures, config.crop, config.workers) if textures else builtin_textures(config.crop)
+    defects = DefectGenerator.from_config(config, textures or None)
     for name, seed in itertools.product(names, seeds):
         _, _, found, images, pasted, _ = about[name]
         decides = [fingerprint(config), files_fingerprint(found.train, found.root), pasted['fingerprint'], seed, list(candidates()), KINDS]
@@ -139,18 +139,17 @@ def gather_evidence(
         if path and path.exists():
             frames.append(pd.read_csv(path, dtype={'category': str}, keep_default_na=False))
             continue
-        frames.append(rows := pd.DataFrame(_one_surface(found.train, pool, config, name, seed)).round(5))
+        frames.append(rows := pd.DataFrame(_one_surface(found.train, defects, config, name, seed)).round(5))
         if path:
             with replacing(path) as file: rows.to_csv(file, index=False, lineterminator='\n')
     return pd.concat(frames, ignore_index=True)
 
-def _one_surface(paths, pool, config, name, seed):
+def _one_surface(paths, defects, config, name, seed):
     "Evidence of one surface and seed."
     learned, kept = ([paths[i] for i in rows] for rows in split(len(paths), 0.3, seeded(seed, 'evidence')))
     known, good = (torch.cat(list(Images(part, config).batches(32))) for part in (learned, kept))
-    detector = CSE(config, pool, seed).fit(learned, progress=False)
+    detector = CSE(config, defects.textures, seed).fit(learned, progress=False)
     if detector.interrupted: raise KeyboardInterrupt
-    defects = DefectGenerator(pool, config.texture_channels, config.grey_textures)
     scores = candidate_scores(detector, known, torch.cat([good, *(evidence_defects(good, kind, defects, seed) for kind in KINDS)]))
     labels = np.repeat([0, 1], len(good))
     for candidate, found in scores.items():
@@ -197,7 +196,7 @@ def effects_table(
     table['mean'] = table.mean(axis=1)
     return markdown(table.map('{:.1f}'.format).rename_axis('setting'))
 
-# %% ../nbs/29_choice.ipynb #913e77a0
+# %% ../nbs/29_choice.ipynb #6074ceaf
 CHOSEN = 'CSE, chosen without the surface'
 NAMES = {'cse': 'CSE, profile clean', 'patchcore': 'PatchCore', 'padim': 'PaDiM', 'mean_distance': 'distance of raw features to their mean'}
 
@@ -243,10 +242,7 @@ def choice_table(
     tested: pd.DataFrame, # The tests of `run_choice`
 ) -> Markdown: # A table in Markdown
     "AUROC in percent, mean and standard deviation over seeds, and the time of an image from tensor to score, ms."
-    summary = (100 * tested.groupby(['method', 'category'], sort=False).auroc.agg(['mean', 'std']))
-    table = summary.apply(lambda r: f'{r["mean"]:.1f}' + ('' if np.isnan(r['std']) else f' ± {r["std"]:.1f}'), axis=1).unstack(sort=False)
-    table['mean'], table['ms'] = (100 * tested.groupby('method', sort=False).auroc.mean()).map('{:.1f}'.format), _milliseconds(tested).map(lambda ms: '–' if np.isnan(ms) else f'{ms:.1f}')
-    return markdown(table.rename_axis('method'))
+    return markdown(spread_frame(tested, 'method').assign(ms=_milliseconds(tested).map(lambda ms: '–' if np.isnan(ms) else f'{ms:.1f}')).rename_axis('method'))
 
 def choices_table(
     tested: pd.DataFrame, # The tests of `run_choice`
@@ -268,14 +264,10 @@ def choice_plot(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/29_choice.ipynb #74a4780b
+# %% ../nbs/29_choice.ipynb #6a469d43
 def _write(evidence, tested, about, path):
     "Markdown, CSV and SVG."
     epochs = ', '.join(f'{count} ({method})' for method, count in tested.groupby('method', sort=False).epochs.first().items() if method.startswith('CSE'))
-    words = (f'**Settings chosen without the surface they are tested on.** Image AUROC, %, mean ± standard deviation over seeds ({", ".join(map(str, sorted(set(tested.seed))))}); ms: time of an image from tensor to score in the fastest of these runs, which were made at different times, so only large differences mean anything. {about} Epochs: {epochs}. '
+    words = (f'**Settings chosen without the surface they are tested on.** Image AUROC, %, mean ± standard deviation over seeds ({", ".join(map(str, sorted(set(tested.seed))))}); ms: time of an image from tensor to score in the fastest of these runs, which were made at different times, so only large differences mean anything. The line of the profile clean has the choice of all surfaces together. {about} Epochs: {epochs}. '
              f'Evidence: synthetic defects on training images, seeds {", ".join(map(str, sorted(set(evidence.seed))))}.')
-    with replacing(f'{path}.md') as file: file.write_text(f'{words}\n\n{choice_table(tested)}\n\n{choices_table(tested)}\n\n![AUROC and time of each method]({path.name}.svg)\n', encoding='utf-8')
-    with replacing(f'{path}.csv') as file: tested.round(4).to_csv(file, index=False, lineterminator='\n')
-    figure = choice_plot(tested)
-    with replacing(f'{path}.svg') as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}): figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
-    plt.close(figure)
+    write_files(path, f'{words}\n\n{choice_table(tested)}\n\n{choices_table(tested)}\n\n![AUROC and time of each method]({path.name}.svg)\n', tested, {path.name: choice_plot(tested)})

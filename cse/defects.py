@@ -9,11 +9,14 @@ __all__ = ['LATTICE', 'THRESHOLD', 'SMALLEST', 'STRUCTURAL', 'TEXTURAL', 'GRID',
            'unshuffle', 'structural', 'textural', 'blur', 'blurry', 'DefectGenerator', 'plain_augment', 'plain_noise',
            'plain_defect']
 
-# %% ../nbs/03_defects.ipynb #5dc21533
+# %% ../nbs/03_defects.ipynb #0fc2e958
 import math
+from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from .data import DataError
+from .config import Config
+from .data import DataError, texture_images
+from .surfaces import builtin_textures
 
 # %% ../nbs/03_defects.ipynb #bbfe1079
 LATTICE = 33 # points an axis that 2⁵ cells need
@@ -270,7 +273,7 @@ def blurry(
     blurred = blur(torch.stack(images), 5 + 2 * (u[:, 1] * 6).long())
     return [take(image, at) for image, at in zip(blurred, places)]
 
-# %% ../nbs/03_defects.ipynb #fbcada0d
+# %% ../nbs/03_defects.ipynb #7b7fc890
 KINDS = 'structural', 'textural', 'blurry'
 
 def _draw(generators): return torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
@@ -286,6 +289,16 @@ class DefectGenerator:
         if len(shape) != 4 or shape[0] == 0 or shape[1] != 3: raise DataError(f'textures: got shape {shape}; expected M×3×h×w with at least one image')
         if channels not in ('rgb', 'bgr'): raise DataError(f"channels={channels!r}: expected 'rgb' or 'bgr'")
         self.textures, self.channels, self.grey = textures, channels, grey
+
+    @classmethod
+    def from_config(cls,
+        config: Config, # Size, channels and colour of textures
+        textures: str | Path | np.ndarray | torch.Tensor = None, # A folder, or M×3×h×w; built-in ones if not given
+    ): # A generator
+        "The generator that a detector with these settings trains on. Raises `DataError` for textures that cannot be read."
+        if textures is None: textures = builtin_textures(config.crop)
+        elif isinstance(textures, (str, Path)): textures = texture_images(textures, config.crop, config.workers)
+        return cls(textures, config.texture_channels, config.grey_textures)
 
     def _texture(self, places, images):
         chosen = torch.as_tensor(self.textures[places.numpy()])

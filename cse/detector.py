@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #b0b7b990
+# %% ../nbs/09_detector.ipynb #f1a53d32
 import hashlib, json, logging
 from dataclasses import fields
 from pathlib import Path
@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint
-from .data import DataError, Images, Stopwatch, check_writable, replacing, seed_for, seeded, split, texture_images
-from .surfaces import builtin_textures
+from .data import DataError, Images, Stopwatch, check_writable, replacing, seed_for, seeded, split
 from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor, compile_openvino
 from .model import Embedder
@@ -32,7 +31,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #822ef8f9
+# %% ../nbs/09_detector.ipynb #48b7b4b1
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -72,10 +71,6 @@ class Detector:
 
     def _layers(self): return self.config.layers
 
-    def _textures(self):
-        if self.textures is None: return builtin_textures(self.config.crop)
-        return texture_images(self.textures, self.config.crop, self.config.workers) if isinstance(self.textures, (str, Path)) else self.textures
-
     def fit(self,
         images, # Defect-free images: a folder, files, an N×3×H×W tensor in [0, 1], or a Dataset
         progress: bool = True, # Show bars
@@ -91,7 +86,7 @@ class Detector:
         self._check(len(fitted))
         if kept: kept.check()
         self.clock = clock = Stopwatch()
-        with clock('textures'): defects = DefectGenerator(self._textures(), config.texture_channels, config.grey_textures)
+        with clock('textures'): defects = DefectGenerator.from_config(config, self.textures)
         with clock('load'): self.extractor = FeatureExtractor.from_config(config, self._layers())
         strides = self.extractor.strides[-len(config.layers):]
         if any(b != 2 * a for a, b in zip(strides, strides[1:])):

@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SOURCES', 'Row', 'run_disagreements', 'disagreements_frame', 'disagreements_table', 'disagreements_plot',
-           'publish_disagreements', 'run_sources', 'sources_table', 'run_epochs', 'epochs_table', 'epochs_plot']
+           'publish_disagreements', 'run_sources', 'sources_table', 'run_epochs', 'spread_frame', 'epochs_table',
+           'epochs_plot']
 
-# %% ../nbs/28_disagreements.ipynb #e95ec650
+# %% ../nbs/28_disagreements.ipynb #5b944d9e
 import functools, itertools, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch.optim.swa_utils import update_bn
 from .config import ConfigError, from_profile
-from .data import Images, load_category, replacing, texture_images
-from .surfaces import builtin_textures
+from .data import Images, load_category, replacing
 from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor
 from .training import Progress, train
 from .scoring import MemoryBank
 from .metrics import auroc
 from .experiments import GridError, as_list, as_seeds, as_settings, default_categories, grid, resolve_data
-from .report import Markdown, markdown
+from .report import Markdown, markdown, write_files
 
 # %% ../nbs/28_disagreements.ipynb #6d24deda
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def disagreements_plot(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/28_disagreements.ipynb #4d0d592b
+# %% ../nbs/28_disagreements.ipynb #615cb742
 def publish_disagreements(
     found: pd.DataFrame, # What `run_disagreements` returns
     results: str = '', # Folder of results, the files go to `tables` in it; empty: nothing is written
@@ -148,11 +148,7 @@ def publish_disagreements(
     text = Markdown(f'{caption}\n\n{disagreements_table(found)}\n')
     if results:
         path = Path(results)/'tables'/('table6-' + '-'.join(f'{first.data} {first.profile}'.lower().split()))
-        with replacing(f'{path}.md') as file: file.write_text(f'{text}\n![Table 6 as a plot]({path.name}.svg)\n', encoding='utf-8')
-        with replacing(f'{path}.csv') as file: found.round(4).to_csv(file, index=False, lineterminator='\n')
-        figure = disagreements_plot(found)
-        with replacing(f'{path}.svg') as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}): figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
-        plt.close(figure)
+        write_files(path, f'{text}\n![Table 6 as a plot]({path.name}.svg)\n', found, {path.name: disagreements_plot(found)})
     return text
 
 # %% ../nbs/28_disagreements.ipynb #c64572f6
@@ -186,7 +182,7 @@ def sources_table(
     spread['root of the mean square'] = np.sqrt(spread.pow(2).mean(axis=1))
     return markdown(spread.map(lambda v: '–' if np.isnan(v) else f'{v:.1f}').rename(index=SOURCES | {'all': 'everything'}).rename_axis('what varies'))
 
-# %% ../nbs/28_disagreements.ipynb #d5ddf468
+# %% ../nbs/28_disagreements.ipynb #be561c9a
 class _Trace(Progress):
     "Keeps the weights of every epoch, in memory."
     def __init__(self): self.weights = []
@@ -214,7 +210,7 @@ def run_epochs(
     names = as_list(categories, 'categories') or default_categories(data, 1, config)
     root, source = resolve_data(data, names)
     extractor, rows = FeatureExtractor.from_config(config), []
-    defects = DefectGenerator(texture_images(textures, config.crop, config.workers) if textures else builtin_textures(config.crop), config.texture_channels, config.grey_textures)
+    defects = DefectGenerator.from_config(config, textures or None)
     for name, seed in itertools.product(names, as_seeds(seeds)):
         found = load_category(root, name, config)
         cache, trace = FeatureCache(Images(found.train, config), extractor, config), _Trace()
@@ -243,15 +239,20 @@ def run_epochs(
         with replacing(Path(results)/'tables'/('epochs-' + '-'.join(f'{source} {profile}'.lower().split()) + '.csv')) as file: frame.round(5).to_csv(file, index=False, lineterminator='\n')
     return frame
 
+def spread_frame(
+    found: pd.DataFrame, # With the columns category, seed and auroc
+    by: str, # The column whose values become lines
+) -> pd.DataFrame: # One column a category, and the mean over all
+    "AUROC in percent in words, mean and standard deviation over seeds."
+    summary = 100 * found.groupby([by, 'category'], sort=False).auroc.agg(['mean', 'std'])
+    cells = summary.apply(lambda r: f'{r["mean"]:.1f}' + ('' if np.isnan(r['std']) else f' ± {r["std"]:.1f}'), axis=1).unstack(sort=False)
+    return cells.assign(mean=(100 * found.groupby(by, sort=False).auroc.mean()).map('{:.1f}'.format))
+
 def epochs_table(
     found: pd.DataFrame, # What `run_epochs` returns
 ) -> Markdown: # A table in Markdown
     "AUROC in percent by what is kept, mean and standard deviation over seeds."
-    kept = found[found.validation_loss.isna()]
-    summary = (100 * kept.groupby(['weights', 'category'], sort=False).auroc.agg(['mean', 'std'])).apply(lambda r: f'{r["mean"]:.1f}' + ('' if np.isnan(r['std']) else f' ± {r["std"]:.1f}'), axis=1)
-    table = summary.unstack(sort=False)
-    table['mean'] = (100 * kept.groupby('weights', sort=False).auroc.mean()).map('{:.1f}'.format)
-    return markdown(table.rename_axis('weights that are kept'))
+    return markdown(spread_frame(found[found.validation_loss.isna()], 'weights').rename_axis('weights that are kept'))
 
 def epochs_plot(
     found: pd.DataFrame, # What `run_epochs` returns

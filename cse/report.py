@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'Markdown', 'markdown', 'published_frame', 'ReportError', 'published_means', 'check_records',
-           'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'plot_latency', 'render', 'write_report',
-           'publish']
+           'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'plot_latency', 'render', 'write_files',
+           'write_report', 'publish']
 
 # %% ../nbs/21_report.ipynb #dd46ee90
 import functools, json, math
@@ -457,7 +457,21 @@ def render(
     parts += ['Notes on the published numbers: ' + ' '.join(paper.notes)] if paper.notes else []
     return Markdown('\n\n'.join(parts) + '\n')
 
-# %% ../nbs/21_report.ipynb #848e19fc
+# %% ../nbs/21_report.ipynb #d511b55f
+def write_files(
+    path: str | Path, # Folder and file name without ending; the folder is made if it is missing
+    text: str, # Markdown
+    rows: pd.DataFrame, # For the CSV file
+    figures: dict = {}, # File name without ending → figure, for SVG files in the same folder
+):
+    "A table in files, each there completely or not at all, the same bytes for the same contents."
+    with replacing(f'{path}.md') as file: file.write_text(text, encoding='utf-8')
+    with replacing(f'{path}.csv') as file: rows.round(4).to_csv(file, index=False, lineterminator='\n')
+    for name, figure in figures.items():
+        with replacing(Path(path).parent/f'{name}.svg') as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}):
+            figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
+        plt.close(figure)
+
 def write_report(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -474,11 +488,8 @@ def write_report(
     if table != 3 and (costs := plot_latency(records, table)): figures[f'{name}-latency'] = ('AUROC and time of each method', costs)
     about = dict(table=table, data=records[0]['data']['name'] if records else None, profile=records[0]['profile'] if records else None)
     if table == 3: about |= {k: records[0][k] if records else None for k in ('device', 'threads')}
-    with replacing(paths['md']) as file: file.write_text('\n'.join([text, *(f'![{words}]({file_name}.svg)\n' for file_name, (words, _) in figures.items())]), encoding='utf-8')
-    with replacing(paths['csv']) as file: frame.assign(**about)[[*about, *frame.columns]].round(4).to_csv(file, index=False, lineterminator='\n')
-    for file_name, (_, figure) in figures.items():
-        with replacing(Path(folder)/f'{file_name}.svg') as file, matplotlib.rc_context({'svg.hashsalt': 'cse', 'svg.fonttype': 'none'}):
-            figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
+    text = '\n'.join([text, *(f'![{words}]({file_name}.svg)\n' for file_name, (words, _) in figures.items())])
+    write_files(Path(folder)/name, text, frame.assign(**about)[[*about, *frame.columns]], {file_name: figure for file_name, (_, figure) in figures.items()})
     return paths
 
 # %% ../nbs/21_report.ipynb #16b69b32

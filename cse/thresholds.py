@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['expected_range', 'measure_thresholds', 'thresholds_table']
 
-# %% ../nbs/26_thresholds.ipynb #349561cf
+# %% ../nbs/26_thresholds.ipynb #40c71f8b
 import itertools
 from pathlib import Path
 import numpy as np, pandas as pd
 from .config import ConfigError, from_profile
-from .data import Images, load_category, replacing
+from .data import Images, load_category
 from .scoring import CalibrationError
 from .detector import CSE
 from .experiments import as_list, as_seeds, as_settings, default_categories, resolve_data
-from .report import Markdown, markdown
+from .report import Markdown, markdown, write_files
 
 # %% ../nbs/26_thresholds.ipynb #558c0c3e
 def expected_range(
@@ -29,7 +29,7 @@ def expected_range(
     low, high = betabinom.ppf([(1 - level) / 2, (1 + level) / 2], tested, count + 1, len(calibration) - count)
     return low / tested, high / tested
 
-# %% ../nbs/26_thresholds.ipynb #435de3ec
+# %% ../nbs/26_thresholds.ipynb #a58ac4d4
 def measure_thresholds(
     data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
     textures: str = '', # Folder of textures; empty for built-in ones
@@ -60,10 +60,10 @@ def measure_thresholds(
             else: rows.append(about | dict(flagged=flagged[good].mean(), low=low, high=high, detected=flagged[~good].mean()))
     frame = pd.DataFrame(rows)
     words = f'**Thresholds.** Data: {source}. Profile: {profile}. Seeds: {len(set(frame.seed))}. Held out for the calibration: {held_out:.0%} of the training images.'
-    if results: _write(frame, Path(results)/'tables'/f'thresholds-{source.replace(" ", "-")}-{profile}', words)
+    if results: write_files(Path(results)/'tables'/f'thresholds-{source.replace(" ", "-")}-{profile}', f'{words}\n\n{thresholds_table(frame)}\n', frame)
     return frame
 
-# %% ../nbs/26_thresholds.ipynb #fe5e5d9d
+# %% ../nbs/26_thresholds.ipynb #9239e094
 def thresholds_table(
     frame: pd.DataFrame, # What `measure_thresholds` returns
 ) -> Markdown: # A table in Markdown
@@ -79,8 +79,3 @@ def thresholds_table(
     table = pd.DataFrame(rows).T
     table.index = pd.Index([name for name, _ in rows], name='category')
     return markdown(table)
-
-def _write(frame, path, words):
-    "The table as Markdown, the rows as CSV."
-    with replacing(f'{path}.md') as file: file.write_text(f'{words}\n\n{thresholds_table(frame)}\n', encoding='utf-8')
-    with replacing(f'{path}.csv') as file: frame.round(4).to_csv(file, index=False, lineterminator='\n')

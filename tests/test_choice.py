@@ -19,7 +19,7 @@ def data(tmp_path):
 def asked(monkeypatch):
     "What evidence was asked for; none of it is measured."
     calls = []
-    def made_up(paths, pool, config, name, seed):
+    def made_up(paths, defects, config, name, seed):
         calls.append((name, seed, len(paths)))
         for i, candidate in enumerate(choice.candidates()): yield dict(category=name, seed=seed, candidate=candidate, kind='scars', auroc=0.5 + i / 1000 + 1e-9)
     monkeypatch.setattr(choice, '_one_surface', made_up)
