@@ -132,14 +132,14 @@ def plot_view(
         **{name: [_percent(r['metrics'][k]) for r in some] for name, k in (('auroc', 'auroc'), ('low', 'auroc_low'), ('high', 'auroc_high'))},
         paper=[(categories.index(row.category), row.published) for row in known[known.method == m].itertuples()]) for m, some in of.items() if some or (known.method == m).any()])
 
-# %% ../nbs/27_page.ipynb #8d896260
+# %% ../nbs/27_page.ipynb #93faa377
 def _pack(text):
     "Compressed text as a JavaScript string."
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 def _tables(results, records):
     "Name, number and records of each table, those without runs included."
-    found = [(p.stem, table, select(records, table, stated_parameters(p))[0]) for p, table in table_notebooks(results).items()]
+    found = [(p.stem, table, select(records, table, stated_parameters(p))[0]) for p, table in table_notebooks(results).items() if table in PUBLISHED]
     found = [(name, table, some) for name, table, some in found if some]
     return sorted(found + [(f'table{n}', n, []) for n in PUBLISHED if n not in {table for _, table, _ in found}], key=lambda t: (t[1], t[0]))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Published', 'Markdown', 'markdown', 'published_frame', 'ReportError', 'published_means', 'check_records',
-           'is_comparable', 'comparison', 'table_frame', 'caption', 'plot', 'plot_latency', 'render', 'write_files',
-           'write_report', 'publish']
+           'is_comparable', 'comparison', 'table_frame', 'commits', 'caption', 'plot', 'plot_latency', 'render',
+           'write_files', 'write_report', 'publish']
 
 # %% ../nbs/21_report.ipynb #dd46ee90
 import functools, json, math
@@ -312,7 +312,14 @@ def _speed_facts(records, paper):
             'Profile': first['profile'], 'Changed settings': each(lambda r: _deviations(r, paper, {'extractor', 'weights', 'layers', 'epochs', 'batch_size', 'lr', 'weight_decay'})) or 'none',
             'Processes a method': f'{len(seeds)} (seed {", ".join(map(str, seeds))})'}
 
-# %% ../nbs/21_report.ipynb #35725e12
+# %% ../nbs/21_report.ipynb #8fc6d9ce
+def commits(
+    records: list, # Records of runs
+) -> str: # Short hashes; empty if none is on record
+    "The state of the source that records come from."
+    found = sorted({r['commit'][:10] for r in records if r.get('commit')})
+    return ', '.join(found) + (' with uncommitted changes' if any(r.get('dirty') for r in records) else '')
+
 def caption(
     records: list, # Records of runs
     table: int, # Number of the table
@@ -326,7 +333,6 @@ def caption(
     data = first['data']['name']
     if not is_comparable(records, table): data += f', **not {paper.data}**: the numbers of the paper belong to other images and are not compared'
     images = f' ({textures["images"]} images)' if textures.get('images') else ''
-    commits = ', '.join(c[:10] for c in unique('commit')) + (' with uncommitted changes' if any(r.get('dirty') for r in records) else '')
     days = sorted({t[:10] for t in times})
     fewer = comparison(records, table).query('seeds > 0').seeds.nunique() > 1
     seeds = ', '.join(map(str, sorted({r['seed'] for r in records}))) + ' (some cells have fewer)' * fewer
@@ -338,7 +344,7 @@ def caption(
     if shorter := '; '.join(sorted({f'{_column(r, paper)} {_budget(r)}' for r in records if _budget(r)})): facts['Shortened trainings'] = shorter
     facts |= {'Runs': ' to '.join(dict.fromkeys((days[0], days[-1]))) if days else 'not dated'}
     if table != 3: facts['Device'] = ', '.join(unique('device')) or 'not recorded'
-    facts['Code'] = commits or 'no commit recorded'
+    facts['Code'] = commits(records) or 'no commit recorded'
     if extras: facts['Mean'] = f'over the categories of the paper, without {", ".join(sorted(extras))}'
     return head + ' ' + ' '.join(f'{k}: {v}.' for k, v in facts.items())
 

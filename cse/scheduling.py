@@ -55,7 +55,7 @@ def as_scheduler(
     if '://' in str(text) or Path(text).is_file(): return 'address', str(text)
     raise ConfigError(f"scheduler={text!r}: expected local, processes, processes:N, the address of a Dask scheduler such as tcp://host:8786, or its scheduler file")
 
-# %% ../nbs/19_scheduling.ipynb #9823f9bf
+# %% ../nbs/19_scheduling.ipynb #d11d3871
 THREADS = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'
 
 @contextlib.contextmanager
@@ -74,14 +74,15 @@ def _processes(count, gpus):
     options = lambda i: dict(nthreads=1, memory_limit=None, resources={'threads': threads} | ({'GPU': 1} if gpus else {}), env={'CUDA_VISIBLE_DEVICES': devices[i]} if gpus else {},
                              silence_logs=logging.CRITICAL)
     others = set(multiprocessing.active_children())
-    with dask.config.set({'distributed.nanny.pre-spawn-environ': {name: threads for name in THREADS}, 'distributed.scheduler.allowed-failures': 0, 'distributed.worker.profile.enabled': False}):
+    with dask.config.set({'distributed.nanny.pre-spawn-environ': {name: threads for name in THREADS}, 'distributed.scheduler.allowed-failures': 0, 'distributed.worker.profile.enabled': False,
+                          'distributed.deploy.lost-worker-timeout': '1h'}): # Dask gives up a place whose new worker needs longer than this; several that import torch at once may need more than its 15 s
         cluster = SpecCluster({i: dict(cls=Nanny, options=options(i)) for i in range(count)}, silence_logs=logging.CRITICAL,
                            scheduler=dict(cls=Scheduler, options=dict(host='127.0.0.1', dashboard=False, dashboard_address=':0')))
-    try: yield cluster
-    finally: # a worker that is being started anew can keep a cluster from closing
-        with contextlib.suppress(TimeoutError): cluster.close(timeout=5)
-        for process in set(multiprocessing.active_children()) - others:
-            if 'Dask' in process.name: process.kill()
+        try: yield cluster
+        finally: # a worker that is being started anew can keep a cluster from closing
+            with contextlib.suppress(TimeoutError): cluster.close(timeout=5)
+            for process in set(multiprocessing.active_children()) - others:
+                if 'Dask' in process.name: process.kill()
 
 @contextlib.contextmanager
 def connect(

@@ -17,7 +17,7 @@ from .data import DataError, seed_for, seeded
 from .model import Embedder, FoldedEmbedder
 from .losses import as_vectors
 
-# %% ../nbs/08_scoring.ipynb #20eaafc0
+# %% ../nbs/08_scoring.ipynb #06af4ed3
 class MemoryBank(nn.Module):
     "k-means prototypes of defect-free embeddings, and distances to them (§3.5)."
     def __init__(self,
@@ -42,7 +42,7 @@ class MemoryBank(nn.Module):
     def prototypes(self, values):
         unit = self._unit(values)
         origin = unit.mean(0, keepdim=True)
-        matrix = (unit - origin).T
+        matrix = (origin - unit).T
         for name, tensor in dict(_prototypes=values, _origin=origin, _matrix=matrix, _squared=matrix.square().sum(0) / 2).items(): self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
@@ -66,7 +66,8 @@ class MemoryBank(nn.Module):
 
     def _unit(self, z):
         vectors = as_vectors(z, self.axis)
-        return F.normalize(vectors, dim=2).flatten(1) / math.sqrt(vectors.shape[1])
+        lengths = vectors.norm(dim=2, keepdim=True).clamp(min=1e-12) * math.sqrt(vectors.shape[1])
+        return (vectors / lengths).flatten(1)
 
     def distances(self,
         z: torch.Tensor, # N×C×H×W embeddings
@@ -74,7 +75,7 @@ class MemoryBank(nn.Module):
         "Cosine distance to every prototype, as half the squared distance of unit vectors."
         if self.prototypes is None: raise RuntimeError('this memory bank has no prototypes; call fit(z) with embeddings of defect-free images')
         shifted = self._unit(z) - self._origin
-        return (shifted.square().sum(1, keepdim=True) / 2 + self._squared - shifted @ self._matrix).clamp(min=0)
+        return torch.addmm(shifted.square().sum(1, keepdim=True) / 2 + self._squared, shifted, self._matrix).clamp_(min=0)
 
     def score(self,
         z: torch.Tensor, # N×C×H×W embeddings

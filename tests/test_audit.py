@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from cse.audit import audit, check_record, identity, select, stated_parameters, table_notebooks
+from cse.audit import audit, check_record, identity, select, select_pairs, stated_parameters, table_notebooks
 
 RESULTS = Path(__file__).parent.parent / 'results'
-NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke'}
+NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke', 6: 'table6_disagreements-surfaces-smoke'}
 
 
 def copy_table(table, tmp_path):
@@ -18,9 +18,11 @@ def copy_table(table, tmp_path):
     for name in ('records', 'notebooks', 'tables'):
         (tmp_path / name).mkdir()
     shutil.copy(notebook, tmp_path / 'notebooks')
-    for r in select(records, table, stated_parameters(notebook))[0]:
-        shutil.copy(RESULTS / 'records' / f'{r["key"]}.json', tmp_path / 'records')
-    for path in RESULTS.glob({3: 'tables/table3-*', 4: 'tables/table4-surfaces-paper*'}[table]):
+    stated = stated_parameters(notebook)
+    keys = {r['key'] for r in select(records, table, stated)[0]} if table != 6 else {r['key'] for pair in select_pairs(records, stated)[0].values() for side in pair for r in side}
+    for key in keys:
+        shutil.copy(RESULTS / 'records' / f'{key}.json', tmp_path / 'records')
+    for path in RESULTS.glob({3: 'tables/table3-*', 4: 'tables/table4-surfaces-paper*', 6: 'tables/table6-surfaces-smoke*'}[table]):
         shutil.copy(path, tmp_path / 'tables')
     return tmp_path
 
@@ -106,14 +108,24 @@ PLANTED_TIMINGS = {
 }
 
 
-@pytest.mark.parametrize('table, records, metrics', [(3, 8, 8 * 8), (4, 24, 24 * 3)])
+PLANTED_PAIRS = {
+    'a side of a pair': (rewrite('tables/table6*.csv', 'prototype,fabric02,0,0.', 'prototype,fabric02,0,0.9'), 'prototype,fabric02'),
+    'a difference': (rewrite('tables/table6*.md', '| distance that counts, k = 4 | smallest | largest | -', '| distance that counts, k = 4 | smallest | largest | +'), 'table6-surfaces-smoke.md: line'),
+    'a difference shown in a notebook': (rewrite('notebooks/table6*.ipynb', '| nearest sample | -', '| nearest sample | +'), 'table shown'),
+    'the commit of a caption': (rewrite('tables/table6*.md', 'Code: ', 'Code: 0'), 'table6-surfaces-smoke.md: line 1'),
+    'a missing side': (lambda f: next(p for p in (f / 'records').glob('*wood*') if json.loads(p.read_text())['config']['prototype'] == 'nearest').unlink(), 'prototype: cse on wood'),
+    'rows of a notebook': (rewrite('notebooks/table6*.ipynb', 'rows = \\"\\"', 'rows = \\"prototype\\"'), 'table6-surfaces-smoke.csv'),
+}
+
+
+@pytest.mark.parametrize('table, records, metrics', [(3, 8, 8 * 8), (4, 24, 24 * 3), (6, 180, 180 * 3)])
 def test_results_that_fit_have_no_findings(tmp_path, table, records, metrics):
     report = audit(copy_table(table, tmp_path))
     assert report.ok, report
     assert report.counts['records'] == records and report.counts['metrics recomputed'] == metrics and report.counts['files of tables rebuilt'] == 2
 
 
-@pytest.mark.parametrize('table, plant, words', [pytest.param(table, *planted, id=name) for table, some in ((4, PLANTED), (3, PLANTED_TIMINGS)) for name, planted in some.items()])
+@pytest.mark.parametrize('table, plant, words', [pytest.param(table, *planted, id=name) for table, some in ((4, PLANTED), (3, PLANTED_TIMINGS), (6, PLANTED_PAIRS)) for name, planted in some.items()])
 def test_planted_errors_are_found(tmp_path, table, plant, words):
     plant(copy_table(table, tmp_path))
     report = audit(tmp_path)

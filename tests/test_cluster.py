@@ -106,9 +106,10 @@ def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
     key = identify(**call)[-1]
     monkeypatch.setenv('CSE_DATA', str(moved))
     (wall := tmp_path / 'wall').write_text('a file')
-    text = _run_elsewhere(call | dict(data='/nowhere'), str(wall / 'results'), key)
-    outcome = _gather(Outcome(Task('a run'), 1., text), tmp_path, key)
+    text, pictures = _run_elsewhere(call | dict(data='/nowhere'), str(wall / 'results'), key)
+    outcome = _gather(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
     assert told(tmp_path).keys() == {key} and outcome.value == load_records(tmp_path)[0] == json.loads(text)
+    assert (tmp_path / f'pictures/{key}.webp').read_bytes() == pictures and pictures[:4] == b'RIFF'
     (moved / 'gravel/train/good/00.png').unlink()
     with pytest.raises(DataError, match='expected the same images'): _run_elsewhere(call, str(tmp_path), key)
 
@@ -131,7 +132,7 @@ def tell(folder, number):
     if number < 2: time.sleep(0.5)
     if number == 0 and mark.read_text() == 'x' or number == 1: os.kill(os.getpid(), signal.SIGKILL)
     if number == 2: raise ValueError('an error')
-    if number == 3: time.sleep(1000)
+    if number == 3 or number in (20, 21) and mark.read_text() == 'x': time.sleep(1000)
     return os.environ['OMP_NUM_THREADS'], signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 '''
 
@@ -147,6 +148,17 @@ def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, monk
     assert all(isinstance(found[i].error, WorkerLost) and '2 times' in str(found[i].error) for i in (1, 3)) and str(found[2].error) == 'an error'
     first, *others = [len((tmp_path / str(i)).read_text()) for i in range(4)]
     assert first >= 2 and others == [2, 1, 2] # Dask computes a result again that is lost with its worker before it was fetched
+
+
+def test_workers_that_hang_at_once_are_all_replaced(tmp_path, monkeypatch):
+    "However long new ones need: Dask would give up a place after a while."
+    import dask
+    (tmp_path / 'told_by_workers.py').write_text(TELL)
+    monkeypatch.syspath_prepend(tmp_path)
+    from told_by_workers import tell
+    with dask.config.set({'distributed.deploy.lost-worker-timeout': '10ms'}):
+        found = list(run_tasks(tell, [Task(f'task {i}', (str(tmp_path), i), seconds=0.1) for i in (20, 21, 22, 23)], 'processes:2', patience=5))
+    assert [o.error for o in found] == [None] * 4 and {len((tmp_path / str(i)).read_text()) for i in (20, 21)} == {2}
 
 
 def test_a_dask_scheduler_of_ones_own(tmp_path):
