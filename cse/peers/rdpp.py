@@ -150,10 +150,10 @@ class RDppNetwork(nn.Module):
         maps = enlarge_maps(maps, self.side, sigma=4)
         return maps.amax((1, 2)), maps
 
-# %% ../../nbs/12_peers.rdpp.ipynb #f93f2810
+# %% ../../nbs/12_peers.rdpp.ipynb #9227e51e
 class RDpp(ReverseDistillation):
     "Reverse Distillation behind projections that learn from simplex noise (Tien et al. 2023)."
-    settings = ReverseDistillation.settings | dict(epochs=100)
+    settings, smoke = ReverseDistillation.settings | dict(epochs=100), dict(epochs=6)
     parameters = dict(projection_lr_factor=0.2, betas=[0.5, 0.999], accumulation=2, original_epochs='carpet, leather 10; wood 100; grid, tile 260')
 
     def __init__(self, *args, **kw):
