@@ -176,7 +176,7 @@ def stated_parameters(
             for line in ast.parse(''.join(cell['source'])).body: found |= {t.id: ast.literal_eval(line.value) for t in line.targets}
     return found
 
-# %% ../nbs/23_audit.ipynb #986af3b2
+# %% ../nbs/23_audit.ipynb #5dff3173
 def _of_data(records, table, data, names):
     "Records of the data that a notebook names."
     source = Path(data).name if data else BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
@@ -187,7 +187,7 @@ def _settings(stated):
     return from_profile(stated['profile'], **{k: Path(stated[k]).name for k in ('extractor', 'weights') if stated[k]} | as_settings(stated['settings']))
 
 def _select_runs(records, table, stated, variants):
-    "Records of methods with their settings; runs that are missing."
+    "Records of methods with their settings; runs that are missing, in words; names of the categories."
     names, seeds = as_list(stated['categories'], 'categories'), as_seeds(stated['seeds'])
     if not (names or stated['data']): names = list(TEXTILES if table == 2 else SURFACES)
     textures = Path(stated['textures']).name or 'built-in textures'
@@ -199,7 +199,7 @@ def _select_runs(records, table, stated, variants):
     names = names or (SURFACES if table != 2 and set(SURFACES) <= there else sorted(there))
     chosen = [r for r in here if r['category'] in names]
     runs = {(*of(r), r['category'], r['seed']) for r in chosen}
-    return chosen, [f'{m} on {c} with seed {s}' for m, f, p in sorted(wanted) for c in names for s in seeds if (m, f, p, c, s) not in runs]
+    return chosen, [f'{m} on {c} with seed {s}' for m, f, p in sorted(wanted) for c in names for s in seeds if (m, f, p, c, s) not in runs], names
 
 def select(
     records: list, # Records
@@ -208,18 +208,22 @@ def select(
 ) -> tuple[list, list]: # The records of the table; runs that are missing, in words
     "The records that a notebook with these parameters reads."
     if table == 3: return _select_timings(records, stated)
-    return _select_runs(records, table, stated, [variant(name, _settings(stated)) for name in as_methods(stated['methods'], table)])
+    return _select_runs(records, table, stated, [variant(name, _settings(stated)) for name in as_methods(stated['methods'], table)])[:2]
 
 def select_pairs(
     records: list, # Records
     stated: dict, # What `stated_parameters` returns
 ) -> tuple[dict, list]: # Row → its two sides, as `pairs_frame` takes them, rows without a missing run only; runs that are missing, in words
     "The records that a notebook of Table 6 with these parameters reads."
-    pairs, missing, seeds = {}, [], as_seeds(stated['seeds'])
-    for name, configs in sides(as_list(stated['rows'], 'rows') or ROWS, _settings(stated)).items():
-        found, gone = zip(*(_select_runs(records, 6, stated, [('cse', config)]) for config in configs))
-        if not any(gone): pairs[name] = [sorted(some, key=lambda r: (r['category'], seeds.index(r['seed']))) for some in found]
-        missing += [f'{name}: {run}' for side in gone for run in side]
+    wanted, pairs, missing = sides(as_list(stated['rows'], 'rows') or ROWS, _settings(stated)), {}, []
+    of = lambda config: fingerprint(settings_of('cse', config))
+    chosen, _, names = _select_runs(records, 1, stated, [('cse', config) for both in wanted.values() for config in both])
+    runs = {(of(Config.from_dict(r['config'])), r['category'], r['seed']): r for r in chosen}
+    places = [(category, seed) for category in names for seed in as_seeds(stated['seeds'])]
+    for name, both in wanted.items():
+        gone = [f'{name}: cse on {category} with seed {seed}' for config in both for category, seed in places if (of(config), category, seed) not in runs]
+        if places and not gone: pairs[name] = [[runs[of(config), *place] for place in places] for config in both]
+        missing += gone
     return pairs, missing
 
 # %% ../nbs/23_audit.ipynb #4dfc75ba
@@ -295,7 +299,7 @@ def check_tables(
         else: findings += compare_lines(f'tables/{name}', built[name], there[name])
     return findings, len(built)
 
-# %% ../nbs/23_audit.ipynb #98c174e0
+# %% ../nbs/23_audit.ipynb #da9e4676
 def _unchecked(results):
     "(reason, file) for files that hold nothing to be checked."
     notebooks = table_notebooks(results)
@@ -306,7 +310,7 @@ def _unchecked(results):
 def audit(
     results: str | Path = 'results', # Folder of results
 ) -> Audit: # Findings, counts, and what was not checked
-    "Check every record, recompute every metric that records allow, rebuild every table, compare. Raises `FileNotFoundError` where there are no records."
+    "Check every record, recompute every metric that records allow, rebuild Tables 1 to 6, compare. Raises `FileNotFoundError` where there are no records."
     results, report, usable = Path(results), Audit(), {}
     files = sorted((results/'records').glob('*.json'))
     if not files: raise FileNotFoundError(f'{results}/records: holds no records; expected a folder of results')

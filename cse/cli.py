@@ -184,7 +184,7 @@ def evaluate(
             about |= dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)))
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
 
-# %% ../nbs/25_cli.ipynb #e6ab8606
+# %% ../nbs/25_cli.ipynb #eef505bd
 @app.command('export')
 def export_(
     model: Model,
@@ -243,7 +243,7 @@ def audit(
     results: Annotated[Path, typer.Argument(help='Folder of results, with records and tables.')] = Path('results'),
     as_json: Json = False,
 ):
-    """Check every record and rebuild every table. Exit status 1 if something does not fit.
+    """Check every record and rebuild Tables 1 to 6. Exit status 1 if something does not fit.
 
     Example: cse audit results
     """

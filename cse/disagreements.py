@@ -49,7 +49,7 @@ ROWS = {
     'checkpoint': Row('weights that are kept (not in dispute)', 'least validation loss', 'last epoch', dict(checkpoint='last')),
 }
 
-# %% ../nbs/22_disagreements.ipynb #87a5980c
+# %% ../nbs/22_disagreements.ipynb #3cbc8d3d
 def sides(
     rows: list, # Keys of `ROWS`
     base: Config, # Everything else
@@ -62,10 +62,11 @@ def pairs_frame(
     records: dict, # Row → records with the text's value, and as many with the code's; surfaces and seeds in the same order
 ) -> pd.DataFrame: # row, category, seed, text, code: AUROC with either value; and where they come from
     "Pairs that differ in one choice."
+    whole = commits([r for both in records.values() for side in both for r in side])
     return pd.DataFrame([dict(row=name, category=one['category'], seed=one['seed'], text=one['metrics']['auroc'], code=other['metrics']['auroc'], data=one['data']['name'], textures=one['textures']['name'],
-                              profile=one['profile'], epochs=one['config']['epochs'], extractor=one['extractor']['name'], commits=commits([one, other])) for name, both in records.items() for one, other in zip(*both, strict=True)])
+                              profile=one['profile'], epochs=one['config']['epochs'], extractor=one['extractor']['name'], commits=whole) for name, both in records.items() for one, other in zip(*both, strict=True)])
 
-# %% ../nbs/22_disagreements.ipynb #cc56fc71
+# %% ../nbs/22_disagreements.ipynb #993e791a
 def run_disagreements(
     data: str = '', # Folder of categories in MVTec layout; empty for the built-in surfaces
     textures: str = '', # Folder of textures; empty for built-in ones
@@ -88,7 +89,7 @@ def run_disagreements(
     results, done, failures = results or tempfile.mkdtemp(prefix='cse-results-'), {}, []
     for config in {fingerprint(c): c for pair in wanted.values() for c in pair}.values():
         try: done[fingerprint(config)] = grid(config, data or None, names, ['cse'], seeds, textures=textures, table=6, results=results, force=force, scheduler=scheduler)
-        except GridError as e: failures.append(str(e))
+        except GridError as e: failures.append(f'{", ".join(name for name, pair in wanted.items() if config in pair)}: {e}')
     if failures: raise GridError('\n'.join(failures))
     return pairs_frame({name: [done[fingerprint(c)] for c in pair] for name, pair in wanted.items()})
 
@@ -144,7 +145,7 @@ def disagreements_plot(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/22_disagreements.ipynb #394da769
+# %% ../nbs/22_disagreements.ipynb #57ab2fd9
 def publish_disagreements(
     found: pd.DataFrame, # What `run_disagreements` returns
     results: str = '', # Folder of results, the files go to `tables` in it; empty: nothing is written
@@ -152,7 +153,7 @@ def publish_disagreements(
     "Table 6, as Markdown, CSV and SVG."
     first, seeds = found.iloc[0], sorted(set(found.seed))
     caption = (f'**Table 6: What the disagreements are worth.** Image AUROC, points: value of the released code minus value of the text, one choice at a time; mean over surfaces and seeds with its interval of 95 %. '
-               f'Data: {first.data}. Textures: {first.textures}. Extractor: {first.extractor}. Profile: {first.profile}, {first.epochs} epochs. Seeds: {", ".join(map(str, seeds))}. Code: {"; ".join(sorted(set(found.commits))) or "no commit recorded"}.')
+               f'Data: {first.data}. Textures: {first.textures}. Extractor: {first.extractor}. Profile: {first.profile}, {first.epochs} epochs. Seeds: {", ".join(map(str, seeds))}. Code: {first.commits or "no commit recorded"}.')
     text = Markdown(f'{caption}\n\n{disagreements_table(found)}\n')
     if results:
         path = Path(results)/'tables'/('table6-' + '-'.join(f'{first.data} {first.profile}'.lower().split()))

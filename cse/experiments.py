@@ -248,9 +248,9 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #faee85b4
+# %% ../nbs/20_experiments.ipynb #f8abbcee
 def _run_elsewhere(call, results, key):
-    "A run on a worker. Returns its record, as text, and its pictures if they could not be written where they belong."
+    "A run on a worker. Returns its record, as text, and its pictures."
     call = call | {name: os.environ.get(f'CSE_{name.upper()}') or call[name] for name in ('data', 'textures') if call.get(name)}
     if call['config'].device.startswith('cuda:'): call['config'] = call['config'].replace(device='cuda') # a worker sees the GPU that is its own
     found = identify(*(call.get(name) for name in ('config', 'data', 'category', 'method', 'seed', 'textures')))[-1]
@@ -258,17 +258,16 @@ def _run_elsewhere(call, results, key):
     with tempfile.TemporaryDirectory() as own:
         try: check_writable(Path(results)/'records')
         except ConfigError: results = own
-        text, pictures = _as_text(run(**call, results=results)), Path(own)/'pictures'/f'{key}.webp'
+        text, pictures = _as_text(run(**call, results=results)), Path(results)/'pictures'/f'{key}.webp'
         return text, pictures.read_bytes() if pictures.exists() else None
 
 def _gather(outcome, results, key):
-    "The record of a run elsewhere, on disk here too."
+    "The record of a run elsewhere, on disk here too, and its pictures."
     if outcome.error: return outcome
-    path, (text, pictures) = Path(results)/'records'/f'{key}.json', outcome.value
-    if pictures:
-        with replacing(Path(results)/'pictures'/f'{key}.webp') as temporary: temporary.write_bytes(pictures)
-    if not path.exists() or path.read_text() != text:
-        with replacing(path) as temporary: temporary.write_text(text)
+    (text, pictures), path, sheet = outcome.value, Path(results)/'records'/f'{key}.json', Path(results)/'pictures'/f'{key}.webp'
+    for file, content in ((sheet, pictures), (path, text.encode())):
+        if content and not (file.exists() and file.read_bytes() == content):
+            with replacing(file) as temporary: temporary.write_bytes(content)
     return Outcome(outcome.task, outcome.seconds, read_record(path))
 
 # %% ../nbs/20_experiments.ipynb #8cb448cc

@@ -138,7 +138,7 @@ def _column(record, paper):
     name = next((name for name, k in paper.columns.items() if k == key), fallback)
     return f'{name}, {record["form"]}' if record.get('form') else name
 
-# %% ../nbs/21_report.ipynb #a0b0ecf5
+# %% ../nbs/21_report.ipynb #219be9c0
 def _same(records, path, where):
     "Refuse records that differ in a field."
     values = {json.dumps(_get(r, path), sort_keys=True): r for r in records}
@@ -163,7 +163,8 @@ def check_records(
     free = _RUNTIME | (_SELECTS if paper.data != 'TILDA' else set()) | {'profile', 'weights'} | ({'extractor', 'layers'} if table == 3 else set())
     for method, some in _groups(records, lambda r: _column(r, paper) if table == 3 else r['method']).items():
         varied = {paper.variant} if paper.variants_of == method else set()
-        settings = {f'config.{k}' for r in some for k in r['config'] if k not in free} - varied
+        first, *others = [settings_of(r['method'], Config.from_dict(r['config'])) for r in some]
+        settings = {f'config.{k}' for other in others for k in differences(first, other) if k not in free} - varied
         for path in ('extractor.name', 'extractor.tag', 'extractor.sha256', *sorted(settings)): _same(some, path, f'of {method}')
     for (column, category, seed), some in _groups(records, lambda r: (_column(r, paper), r['category'], r['seed'])).items():
         if len(some) > 1: raise ReportError(f'{len(some)} records for {column} on {category} with seed {seed}: expected one')

@@ -110,6 +110,7 @@ def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
     outcome = _gather(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
     assert told(tmp_path).keys() == {key} and outcome.value == load_records(tmp_path)[0] == json.loads(text)
     assert (tmp_path / f'pictures/{key}.webp').read_bytes() == pictures and pictures[:4] == b'RIFF'
+    assert _run_elsewhere(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
     (moved / 'gravel/train/good/00.png').unlink()
     with pytest.raises(DataError, match='expected the same images'): _run_elsewhere(call, str(tmp_path), key)
 
