@@ -31,7 +31,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #48b7b4b1
+# %% ../nbs/09_detector.ipynb #feb126fc
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -40,7 +40,7 @@ class Detector:
         seed: int = 0, # Seed of everything random
     ):
         self.config, self.textures, self.seed = config or Config(), textures, seed
-        self.extractor = self.calibration = self._head = None
+        self.extractor = self.calibration = self._head = self._whole = None
         self._fitted = self.interrupted = False
         self.history, self.best_epoch, self.clock, self.fitted_on = [], None, Stopwatch(), {}
 
@@ -98,7 +98,7 @@ class Detector:
                       hashlib.sha256(np.ascontiguousarray(defects.textures)).hexdigest()]) if folder else ''
         resume = Progress(Path(folder)/'training.pt', key) if folder else None
         result = self._learn(cache, defects, clock, progress, resume)
-        self.history, self.best_epoch, self.interrupted, self._head, self._fitted = result.history, result.best_epoch, result.interrupted, None, True
+        self.history, self.best_epoch, self.interrupted, self._head, self._whole, self._fitted = result.history, result.best_epoch, result.interrupted, None, None, True
         if kept: self.calibrate(kept)
         if folder: self.save(folder)
         for state in resume.path.parent.glob('training*.pt') if resume and not self.interrupted else (): state.unlink()
@@ -120,13 +120,16 @@ class Detector:
 
     def compile(self): # Itself
         "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored."
-        side = self.config.crop
-        features = self.extractor.compile()(torch.zeros(1, 3, side, side))
-        self._head = compile_openvino(self.head(), features) if self.extractor.engine == 'openvino' else torch.compile(self.head())
+        image = torch.zeros(1, 3, self.config.crop, self.config.crop)
+        features = self.extractor.compile()(image)
+        if self.extractor.engine == 'torch': self._head = torch.compile(self.head())
+        elif self.extractor.precision == 'float32': self._whole = compile_openvino(self.fuse(), [image]) # one network is called once
+        else: self._head = compile_openvino(self.head(), features) # distances stay exact
         return self
 
     @torch.no_grad()
     def _scored(self, images):
+        if self._whole: return self._whole(images.to(torch.float32))
         if self._head is None: self._head = self.head()
         return self._head(*self.extractor(images))
 

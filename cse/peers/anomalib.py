@@ -25,7 +25,7 @@ from ..features import FeatureCache, FeatureExtractor
 from ..training import TrainingError
 from ..detector import Detector
 
-# %% ../../nbs/12_peers.anomalib.ipynb #32299d05
+# %% ../../nbs/12_peers.anomalib.ipynb #5bc8d867
 class FeatureDetector(Detector):
     "A detector that learns from the features of defect-free images alone. Subclasses have `_learn(cache, progress)`, which returns a network."
     def fit(self,
@@ -36,7 +36,7 @@ class FeatureDetector(Detector):
         images, self.clock, self._fitted, self.calibration = Images(images, self.config), Stopwatch(), False, None
         with self.clock('load'): self.extractor = FeatureExtractor.from_config(self.config)
         cache = FeatureCache(images, self.extractor, self.config, self.clock, progress)
-        with self.clock('learn'): self.network, self._head, self._fitted = self._learn(cache, progress), None, True
+        with self.clock('learn'): self.network, self._head, self._whole, self._fitted = self._learn(cache, progress), None, None, True
         return self
 
     def head(self) -> nn.Module: # A network from feature maps to scores and maps, in eval mode
