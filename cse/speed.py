@@ -33,7 +33,7 @@ class Scorer:
     info: Callable # () → dict with the extractor's name, weights, tag, sha256 and engine
     form: str = '' # What tells it from others with the same method and extractor
 
-# %% ../nbs/24_speed.ipynb #8c65b164
+# %% ../nbs/24_speed.ipynb #d08167c6
 def untrained(
     config: Config, # Its extractor, weights, model and scoring settings are used
     seed: int = 0, # Seed of the weights and of the noise
@@ -44,7 +44,7 @@ def untrained(
     detector.embedders = [make_embedder(extractor.channels, config, seed).eval().to(extractor.device)]
     noise = torch.rand(max(4, config.clusters), 3, config.crop, config.crop, generator=seeded(seed, 'speed'))
     with torch.no_grad(): z = detector.embedder(extractor(noise))[1]
-    detector.banks = [MemoryBank.from_config(config).fit(z, seed)]
+    detector.banks, detector._fitted = [MemoryBank.from_config(config).fit(z, seed)], True
     return detector
 
 # %% ../nbs/24_speed.ipynb #964927c8
