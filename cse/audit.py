@@ -176,7 +176,7 @@ def stated_parameters(
             for line in ast.parse(''.join(cell['source'])).body: found |= {t.id: ast.literal_eval(line.value) for t in line.targets}
     return found
 
-# %% ../nbs/23_audit.ipynb #5dff3173
+# %% ../nbs/23_audit.ipynb #d2b80b5a
 def _of_data(records, table, data, names):
     "Records of the data that a notebook names."
     source = Path(data).name if data else BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
@@ -217,7 +217,8 @@ def select_pairs(
     "The records that a notebook of Table 6 with these parameters reads."
     wanted, pairs, missing = sides(as_list(stated['rows'], 'rows') or ROWS, _settings(stated)), {}, []
     of = lambda config: fingerprint(settings_of('cse', config))
-    chosen, _, names = _select_runs(records, 1, stated, [('cse', config) for both in wanted.values() for config in both])
+    chosen, _, names = _select_runs(records, 1, stated, # on the data of Table 1
+                                     [('cse', config) for both in wanted.values() for config in both])
     runs = {(of(Config.from_dict(r['config'])), r['category'], r['seed']): r for r in chosen}
     places = [(category, seed) for category in names for seed in as_seeds(stated['seeds'])]
     for name, both in wanted.items():

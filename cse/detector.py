@@ -31,7 +31,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #feb126fc
+# %% ../nbs/09_detector.ipynb #6827da16
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -129,7 +129,7 @@ class Detector:
 
     @torch.no_grad()
     def _scored(self, images):
-        if self._whole: return self._whole(images.to(torch.float32))
+        if self._whole: return self._whole(images.to(self.extractor.device, torch.float32))
         if self._head is None: self._head = self.head()
         return self._head(*self.extractor(images))
 
