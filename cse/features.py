@@ -92,7 +92,7 @@ def load_model(
     return model.eval().requires_grad_(False), dict(name=name, weights=weights if weights in ('timm', 'packaged', 'random') else 'file', tag=tag,
                                                     sha256=_sha256(path) if path else None)
 
-# %% ../nbs/04_features.ipynb #bd98f569
+# %% ../nbs/04_features.ipynb #c44f8d38
 class EngineError(RuntimeError):
     "An engine that is missing, cannot convert a network, or computes something else."
 
@@ -104,7 +104,8 @@ def compile_openvino(
     examples: list, # Its inputs; heights and widths are compiled in, the batch stays free
     key: str = None, # Names the network in the cache folder; without one it is converted each time
     precision: str = 'float32', # 'float32' or 'bfloat16'
-): # A function from tensors to a list of tensors
+    counters: bool = False, # Measure every operation, for `node_times`
+): # A function from tensors to a list of tensors; its `node_times()` gives the milliseconds of each operation in the last call
     "Compile a network for the CPU. Raises what OpenVINO raises for a network that it cannot convert."
     import openvino as ov
     core, network = ov.Core(), None
@@ -120,7 +121,7 @@ def compile_openvino(
             _save_network(network, path)
             network = core.read_model(path)
     compiled = core.compile_model(network, 'CPU', {'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[precision], 'PERFORMANCE_HINT': 'LATENCY',
-                                                   'INFERENCE_NUM_THREADS': torch.get_num_threads()})
+                                                   'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'PERF_COUNT': counters})
     request = compiled.create_infer_request()
     def infer(*inputs):
         request.infer([ov.Tensor(i.contiguous().numpy(), shared_memory=True) for i in inputs], share_inputs=True)
@@ -128,6 +129,7 @@ def compile_openvino(
     def run(*inputs):
         parts = [infer(*part) for part in zip(*(i.split(CHUNK) for i in inputs))]
         return parts[0] if len(parts) == 1 else [torch.cat(maps) for maps in zip(*parts)]
+    run.node_times = lambda: {node.node_name: 1000 * node.real_time.total_seconds() for node in request.profiling_info}
     return run
 
 def _save_network(network, path):

@@ -17,7 +17,7 @@ from .data import DataError, seed_for, seeded
 from .model import Embedder, FoldedEmbedder
 from .losses import as_vectors
 
-# %% ../nbs/08_scoring.ipynb #06af4ed3
+# %% ../nbs/08_scoring.ipynb #9ccd597d
 class MemoryBank(nn.Module):
     "k-means prototypes of defect-free embeddings, and distances to them (§3.5)."
     def __init__(self,
@@ -90,7 +90,7 @@ class MemoryBank(nn.Module):
         "Squared distance to the scored prototype at each position, ½‖c − z‖² / (H·W), as in the released code."
         d = self.distances(z)
         chosen = self.prototypes[d.argmin(1) if self.reduction == 'min' else d.argmax(1)]
-        return (chosen - z).square().sum(1) / (2 * z.shape[2] * z.shape[3])
+        return (chosen - z).square().sum(1) / (2 * self.prototypes[0, 0].numel())
 
 # %% ../nbs/08_scoring.ipynb #363403ab
 class Head(nn.Module):
