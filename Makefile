@@ -10,8 +10,6 @@
 # make report    results/report/index.html: all results on one page that needs no network
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
 # make clean     remove what the above made, results excepted
-SHELL := bash
-.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -49,12 +47,11 @@ test: $(READY)
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-# papermill opens its output anew, which would empty a file; hence the pipes
-papermill = $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file /dev/stdout
+papermill = $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file -
 
 define table
 out=results/notebooks/$(1)-$(call name,$(1))-$(PROFILE).ipynb; \
-$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call parameters,$(1)) | cat || failed="$$failed $(1)"; \
+$(papermill) nbs/tables/$(1).ipynb $$out -f params/$(PROFILE).yml $(call parameters,$(1)) || failed="$$failed $(1)"; \
 $(BIN)/nbdev_clean --fname $$out; $(hide_paths) $$out;
 endef
 
@@ -64,7 +61,7 @@ tables: $(READY)
 benchmark: $(READY)
 	@mkdir -p results/notebooks
 	$(papermill) nbs/23_benchmark.ipynb results/notebooks/benchmark-$(call name,).ipynb -p quick False -p results results/benchmark-$(call name,) \
-	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) | cat
+	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES))
 	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(call name,).ipynb
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
 
@@ -79,7 +76,7 @@ thresholds swings choice: $(READY)
 	@mkdir -p results/notebooks
 	$(papermill) nbs/tables/$@.ipynb results/notebooks/$@-$(call name,).ipynb -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) \
-	  $(if $(filter choice,$@),$(call given,methods,$(METHODS)) $(call given,profiles,$(PROFILES)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE)) | cat
+	  $(if $(filter choice,$@),$(call given,methods,$(METHODS)) $(call given,profiles,$(PROFILES)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE))
 	$(BIN)/nbdev_clean --fname results/notebooks/$@-$(call name,).ipynb
 	$(hide_paths) results/notebooks/$@-$(call name,).ipynb
 

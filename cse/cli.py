@@ -96,7 +96,7 @@ def fit(
         typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {output}')
         if detector.interrupted: _stop(f'interrupted after {len(detector.history)} of {config.epochs} epochs; the detector has the best weights so far, and the same command goes on', 130)
 
-# %% ../nbs/25_cli.ipynb #7c4cd2c6
+# %% ../nbs/25_cli.ipynb #efacce86
 def _overlays(detector, scores, folder, top):
     "Write pictures of the maps over the prepared images, under the names of the files and .png."
     from PIL import Image
@@ -130,9 +130,11 @@ def score(
     with _errors():
         import numpy as np
         from cse.config import ConfigError
-        from cse.data import replacing
+        from cse.data import check_file, check_writable, replacing
         top = folder if folder.is_dir() else folder.parent
         if overlays and folder.is_dir() and overlays.resolve().is_relative_to(top.resolve()): raise ConfigError(f'--overlays {overlays}: lies in the folder that is scored; expected another one')
+        if csv_file: check_file(csv_file)
+        if overlays: check_writable(overlays)
         detector = _load(model, device, weights)
         if overlays and detector.config.anomaly_map == 'none': raise ConfigError("--overlays: this detector was fitted with anomaly_map='none'; it has no maps")
         decide = _decides(detector, alpha)
@@ -143,15 +145,14 @@ def score(
         if decide:
             for row, flag in zip(rows, detector.calibration.flags(scores.image, alpha)): row['decision'] = None if row['score'] is None else 'defective' if flag else 'good'
         if overlays: _overlays(detector, scores, overlays, top)
+        def write(file):
+            lines = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+            lines.writeheader()
+            lines.writerows(rows)
+        if csv_file:
+            with replacing(csv_file) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file: write(file)
         if as_json: typer.echo(json.dumps(dict(model=str(model), alpha=alpha, images=rows)))
-        else:
-            def write(file):
-                lines = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-                lines.writeheader()
-                lines.writerows(rows)
-            if csv_file:
-                with replacing(csv_file) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file: write(file)
-            else: write(sys.stdout)
+        elif not csv_file: write(sys.stdout)
         if missing := sum(r['score'] is None for r in rows): _stop(f'{missing} of {len(rows)} images could not be read', 1)
 
 # %% ../nbs/25_cli.ipynb #0b266969

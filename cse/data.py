@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'MVTEC_COUNTS', 'TILDA_COUNTS', 'DataError', 'read_image', 'resize_crop', 'image_files', 'as_image',
            'Images', 'seed_for', 'seeded', 'split', 'Category', 'tilda_frames', 'tilda_split', 'categories',
            'load_category', 'read_masks', 'files_fingerprint', 'category_fingerprint', 'published_name', 'cache_folder',
-           'replacing', 'check_writable', 'texture_images', 'Stopwatch']
+           'is_device', 'replacing', 'check_writable', 'check_file', 'texture_images', 'Stopwatch']
 
 # %% ../nbs/01_data.ipynb #d1fc5508
 import functools, hashlib, os, re, struct, tempfile, time
@@ -366,19 +366,29 @@ def published_name(
     if MVTEC_COUNTS.get(category.name) == (train, good, bad): return 'MVTec AD'
     return 'TILDA' if re.fullmatch('tilda[1-8]', category.name) and (train + good, bad) == TILDA_COUNTS else None
 
-# %% ../nbs/01_data.ipynb #c0535146
+# %% ../nbs/01_data.ipynb #9a4fec83
 def cache_folder() -> Path: # Made if it is missing
     "Where generated data, textures and compiled models are kept between runs: $CSE_CACHE, else ~/.cache/cse."
     folder = Path(os.environ.get('CSE_CACHE') or Path.home()/'.cache'/'cse')
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+def is_device(
+    path: str | Path, # Of a file
+) -> bool: # Whether it is a pipe, a terminal or another device, such as /dev/stdout
+    "A place that takes what is written and must never be replaced by a file."
+    path = Path(path)
+    return Path('/dev') in path.absolute().parents or path.exists() and not (path.is_file() or path.is_dir())
+
 @contextmanager
 def replacing(
-    path: str | Path, # File to be written
-): # A temporary path beside it, which takes its place when the block ends well
+    path: str | Path, # File to be written; what a link points to, if it is one
+): # A temporary path beside it, which takes its place when the block ends well; a device itself
     "Write a file so that it is there complete or not at all."
-    path = Path(path)
+    if is_device(path):
+        yield Path(path)
+        return
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -394,6 +404,13 @@ def check_writable(
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e: raise ConfigError(f'{folder}: no file can be written there ({e.strerror}); expected a folder that takes files') from e
+
+def check_file(
+    path: str | Path, # A file that may be there or not
+):
+    "Raise `ConfigError` if it cannot be written, before any work is done for it."
+    if Path(path).is_dir(): raise ConfigError(f'{path}: is a folder; expected a file')
+    if not is_device(path): check_writable(Path(path).resolve().parent)
 
 # %% ../nbs/01_data.ipynb #3545c1f0
 def texture_images(

@@ -1,5 +1,6 @@
 """The detector in other hands: inputs of all kinds, decisions, interrupted trainings, saved files, and the command line."""
-import hashlib, json, signal, subprocess, sys, time
+import hashlib, json, os, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 import numpy as np, pytest, torch
 from PIL import Image
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from cse import CSE, Config
 from cse.cli import app
 from cse.config import ConfigError
-from cse.data import DataError, Images, read_image
+from cse.data import DataError, Images, is_device, read_image
 from cse.detector import ModelError, _checksum
 from cse.export import ExportError, export, run_exported
 from cse.scoring import CalibrationError
@@ -190,6 +191,25 @@ def test_command_line(wood, saved, tmp_path):
     assert {'auroc', 'false_positive_rate', 'detection_rate', 'pixel_auroc', 'aupro'} < about.keys() and about['images'] == 60
     assert json.loads(cse('show-config', 'paper', '--json').stdout) == Config.paper().to_dict()
     for few in (cse('score', saved, folder, '--alpha', 0.001, '-q'), cse('evaluate', saved, wood, '--alpha', 0.001, '-q')): assert 'no decisions' in few.stderr and few.exit_code == 0
+
+
+def test_a_pipe_is_written_and_a_link_is_kept(wood, saved, tmp_path):
+    image, pipe, link = next((wood / 'test/good').iterdir()), tmp_path / 'pipe', tmp_path / 'link.csv'
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / 'far.csv')
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        found = json.loads(cse('score', saved, image, '--csv', pipe, '--json', '-q').stdout)['images']
+        assert len(read.result(60).splitlines()) == 1 + len(found) == 2 and pipe.is_fifo()
+    assert cse('score', saved, image, '--csv', link, '-q').exit_code == 0 and link.is_symlink() and str(image) in (tmp_path / 'far.csv').read_text()
+    assert is_device('/dev/stdout') and not is_device(tmp_path) and not is_device(link) and not is_device(tmp_path / 'none')
+
+
+@pytest.mark.parametrize('option, words', [('--csv', 'is a folder'), ('--overlays', 'no file can be written there')])
+def test_places_that_cannot_be_written_are_found_before_the_work(saved, wood, tmp_path, option, words):
+    place = tmp_path if option == '--csv' else saved / 'model.json'
+    done = cse('score', saved, wood / 'test', option, place)
+    assert done.exit_code == 2 and words in done.stderr and str(place) in done.stderr and 'scoring' not in done.stderr
 
 
 def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
