@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #f1a53d32
+# %% ../nbs/09_detector.ipynb #d57da2c7
 import hashlib, json, logging
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint
 from .data import DataError, Images, Stopwatch, check_writable, replacing, seed_for, seeded, split
 from .defects import DefectGenerator
-from .features import FeatureCache, FeatureExtractor, compile_openvino
+from .features import FeatureCache, FeatureExtractor, checked_openvino
 from .model import Embedder
 from .training import Progress, pair_splits, train
 from .scoring import Calibration, CalibrationError, EmbeddingScores, Head, JointHead, MemoryBank, PatchGaussians, Scores
@@ -31,7 +31,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #6827da16
+# %% ../nbs/09_detector.ipynb #2b8aeccf
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -119,12 +119,13 @@ class Detector:
         return Fused(self.extractor.model, self.head()).eval()
 
     def compile(self): # Itself
-        "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored."
-        image = torch.zeros(1, 3, self.config.crop, self.config.crop)
-        features = self.extractor.compile()(image)
+        "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored. What OpenVINO cannot convert, or computes otherwise, stays in PyTorch, with a warning; if engine='openvino' it is an `EngineError`."
+        self._ready()
+        image = torch.rand(1, 3, self.config.crop, self.config.crop, generator=seeded(0, 'compile'))
+        features, name = self.extractor.compile()(image), f'the scores of {type(self).__name__}'
         if self.extractor.engine == 'torch': self._head = torch.compile(self.head())
-        elif self.extractor.precision == 'float32': self._whole = compile_openvino(self.fuse(), [image]) # one network is called once
-        else: self._head = compile_openvino(self.head(), features) # distances stay exact
+        elif self.extractor.precision == 'float32': self._whole, _ = checked_openvino(self.fuse(), [image], name, self.extractor.exact) # one network is called once
+        else: self._head, _ = checked_openvino(self.head(), features, name, self.extractor.exact) # distances stay exact
         return self
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 "Engines, caches and folders: what goes wrong there ends in a message and a documented fall-back."
 import logging
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_without_the_package(monkeypatch, caplog):
     extractor = FeatureExtractor(**LITE)
     with caplog.at_level(logging.WARNING):
         assert len(extractor(IMAGES)) == 2
-    assert extractor.info['engine'] == 'torch' and 'PyTorch computes the features instead' in caplog.text
+    assert extractor.info['engine'] == 'torch' and 'PyTorch computes it instead' in caplog.text
     with pytest.raises(EngineError, match="engine='torch' can"):
         FeatureExtractor(**LITE, engine='openvino')(IMAGES)
 
@@ -67,7 +68,7 @@ def test_an_extractor_that_cannot_be_converted(monkeypatch, caplog, own_cache):
 
 
 def test_a_network_that_computes_something_else_is_refused(monkeypatch, own_cache):
-    monkeypatch.setattr('cse.features.compile_openvino', lambda model, examples, key, precision: lambda *x: [f * 1.01 for f in model(*x)])
+    monkeypatch.setattr('cse.features.compile_openvino', lambda model, *args: lambda *x: [f * 1.01 for f in model(*x)])
     with pytest.raises(EngineError, match='differ from PyTorch by 1.0e-02'):
         FeatureExtractor(**LITE, engine='openvino')(IMAGES)
 
@@ -80,7 +81,11 @@ def test_the_first_run_computes_what_later_runs_do(own_cache):
 def test_a_damaged_compiled_network_is_written_again(own_cache, caplog):
     before = FeatureExtractor(**LITE)(IMAGES)
     (path,) = (cache_folder() / 'openvino').glob('*.xml')
-    for damage in (lambda: path.write_text('<net'), lambda: path.with_suffix('.bin').write_bytes(b'short'), lambda: path.with_suffix('.bin').unlink()):
+    weights = path.with_suffix('.bin')
+    def zeros():
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:len(whole) // 2] + bytes(40_000) + whole[len(whole) // 2 + 40_000:])
+    for damage in (lambda: path.write_text('<net'), lambda: weights.write_bytes(b'short'), weights.unlink, zeros):
         damage()
         extractor = FeatureExtractor(**LITE)
         assert close(extractor(IMAGES), before) and extractor.engine == 'openvino'
@@ -116,6 +121,27 @@ def test_the_fused_network_scores_like_the_detector(fitted):
     compiled = compile_openvino(fitted.fuse(), [IMAGES[:1]])(IMAGES)
     assert np.allclose(compiled[0], expected.image, rtol=1e-4)
     assert np.allclose(fitted.compile().score(IMAGES).image, expected.image, rtol=1e-4)
+
+
+def test_a_detector_that_cannot_be_compiled_scores_as_before(fitted, monkeypatch, caplog):
+    expected, odd = fitted.score(IMAGES).image, lambda *args: lambda *x: [torch.full((len(x[0]),), 9.), torch.zeros(len(x[0]), 7, 7)]
+    monkeypatch.setattr('cse.features.compile_openvino', odd)
+    monkeypatch.setattr(fitted, '_whole', None)
+    assert np.allclose(fitted.compile().score(IMAGES).image, expected, rtol=1e-6) and 'outputs differ' in caplog.text
+    monkeypatch.setattr(fitted.extractor, 'exact', True)
+    with pytest.raises(EngineError, match='outputs differ'): fitted.compile()
+
+
+def test_compiling_for_the_torch_engine(surface, tiny, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    detector = CSE(tiny.replace(engine='torch')).fit(surface / 'gravel/train/good', progress=False)
+    expected = detector.score(IMAGES)
+    found = detector.compile().score(IMAGES)
+    assert isinstance(detector._head, torch._dynamo.OptimizedModule) and np.allclose(found.image, expected.image, rtol=1e-5)
+
+
+def test_only_what_is_fitted_is_compiled():
+    with pytest.raises(RuntimeError, match='not fitted'): CSE(Config.smoke()).compile()
 
 
 def test_a_file_that_vanishes_costs_only_its_own_score(fitted, own_surface, caplog):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cse.config import Config, ConfigError, fingerprint
-from cse.data import load_category
+from cse.data import DataError, load_category
 from cse.experiments import METHODS, grid, make_method, run, variant
 from cse.peers.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
 
@@ -180,3 +180,18 @@ def test_the_whole_method_is_one_network(anomalib, images, name):
         scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
     found = method.score(images.test[:2])
     assert np.allclose(scores, found.image, rtol=1e-4) and np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
+def test_a_compiled_method_scores_as_before(anomalib, images, tiny, name, caplog):
+    "Where OpenVINO cannot compute the head, or computes something else, PyTorch does, and a warning says so."
+    method = PEERS[name](tiny).fit(images.train, progress=False)
+    before = method.score(images.test).image
+    assert np.allclose(method.compile().score(images.test).image, before, rtol=1e-4)
+    assert (method._whole is None) == ('PyTorch computes it instead' in caplog.text)
+    assert method._whole is not None or name in ('fastflow', 'reverse_distillation'), caplog.text
+
+
+def test_padim_needs_two_images(anomalib, images, tiny):
+    with pytest.raises(DataError, match='at least 2'):
+        PEERS['padim'](tiny).fit(images.train[:1], progress=False)

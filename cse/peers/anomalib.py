@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'RESNETS', 'PEERS', 'FeatureDetector', 'Distance', 'MeanDist
            'engine_fit', 'quiet', 'global_seed', 'Settled', 'Peer', 'PatchCore', 'PaDiM', 'CFA', 'FastFlow',
            'FittedBottleneck', 'FittedDecoder', 'mirrors_resnet', 'bottleneck_and_decoder', 'ReverseDistillation']
 
-# %% ../../nbs/12_peers.anomalib.ipynb #e660d21d
+# %% ../../nbs/12_peers.anomalib.ipynb #31fc1d83
 import io, logging, random, signal, sys, tempfile, threading, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from tqdm import tqdm
 from ..config import PROFILES, Config, ConfigError
-from ..data import Images, Stopwatch, seed_for, seeded
+from ..data import DataError, Images, Stopwatch, seed_for, seeded
 from ..features import FeatureCache, FeatureExtractor
 from ..training import TrainingError
 from ..detector import Detector
@@ -269,13 +269,14 @@ def _update_distances(sampler, cluster_center):
     new = torch.cdist(sampler.features, sampler.features[cluster_center].view(1, -1), compute_mode='donot_use_mm_for_euclid_dist')
     sampler.min_distances = new if sampler.min_distances is None else torch.minimum(sampler.min_distances, new)
 
-# %% ../../nbs/12_peers.anomalib.ipynb #177e39ca
+# %% ../../nbs/12_peers.anomalib.ipynb #356fb284
 class PaDiM(Peer):
     "Mahalanobis distance to the Gaussian of a position (Defard et al. 2020)."
     settings, published = dict(epochs=1), dict(resize=256, crop=224, layers=(1, 2, 3))
     parameters = dict(n_features=100)
 
     def module(self, features):
+        if len(features[0]) < 2: raise DataError('1 image; PaDiM estimates a covariance and expects at least 2')
         from anomalib.models import Padim
         module, slot = Padim('resnet18', pre_trained=False, **self.parameters, **PLAIN), Slot(features)
         model = module.model

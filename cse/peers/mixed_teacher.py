@@ -6,7 +6,7 @@
 __all__ = ['DIFFERENCES', 'SAME_EXTRACTOR', 'PEERS', 'ReducedStudent', 'pooled', 'ShallowTeacher', 'shallow_layers', 'Students',
            'branch_losses', 'train_students', 'branch_map', 'mix', 'MixedHead', 'Mixed', 'MixedTeacher']
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #027ebf41
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #a44ed000
 import copy, math
 from functools import partial
 import timm, torch
@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 from ..config import Config, ConfigError
 from ..data import Images, seed_for, seeded
-from ..features import FeatureCache, FeatureExtractor, compile_openvino
+from ..features import FeatureCache, FeatureExtractor, checked_openvino
 from ..losses import decoder_loss, reduce_loss
 from ..training import TrainingError, make_optimiser
 from ..scoring import enlarge_maps
@@ -179,7 +179,7 @@ SAME_EXTRACTOR = ( # of the form on the same extractor
     'the deep teacher is the extractor of the run, where the original has EfficientNet-b0',
 )
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #492e3491
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #9abe942b
 class MixedTeacher(Settled):
     "Disagreement of two students with their teachers (Thomine et al. 2023)."
     settings = dict(epochs=100, batch_size=8, lr=4e-4, max_lr_factor=10.0, cycle_momentum=True, weight_decay=0.0,
@@ -221,9 +221,10 @@ class MixedTeacher(Settled):
     def fuse(self): return Mixed(self.shallow.model, self.extractor.model, self.head()).eval()
 
     def compile(self):
-        images = torch.zeros(1, 3, self.config.crop, self.config.crop, device=self.extractor.device)
+        self._ready()
+        images = torch.rand(1, 3, self.config.crop, self.config.crop, generator=seeded(0, 'compile')).to(self.extractor.device)
         inputs = [images, *self.shallow.compile()(images), *self.extractor.compile()(images)]
-        self._head = compile_openvino(self.head(), inputs) if self.extractor.engine == 'openvino' else torch.compile(self.head())
+        self._head = checked_openvino(self.head(), inputs, f'the scores of {type(self).__name__}', self.extractor.exact)[0] if self.extractor.engine == 'openvino' else torch.compile(self.head())
         return self
 
 # %% ../../nbs/12_peers.mixed_teacher.ipynb #3acc3d76
