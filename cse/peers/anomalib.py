@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'RESNETS', 'PEERS', 'FeatureDetector', 'Distance', 'MeanDistance', 'Features', 'Slot', 'PeerHead', 'Batches',
-           'engine_fit', 'quiet', 'global_seed', 'Settled', 'Peer', 'PatchCore', 'PaDiM', 'CFA', 'FastFlow',
-           'FittedBottleneck', 'FittedDecoder', 'mirrors_resnet', 'bottleneck_and_decoder', 'ReverseDistillation']
+           'engine_fit', 'quiet', 'global_seed', 'UnsuitableError', 'Settled', 'Peer', 'PatchCore', 'PaDiM', 'CFA',
+           'FastFlow', 'FittedBottleneck', 'FittedDecoder', 'mirrors_resnet', 'bottleneck_and_decoder',
+           'ReverseDistillation']
 
 # %% ../../nbs/12_peers.anomalib.ipynb #31fc1d83
 import io, logging, random, signal, sys, tempfile, threading, warnings
@@ -197,7 +198,10 @@ def global_seed(
         try: yield
         finally: np.random.set_state(states[0]); random.setstate(states[1])
 
-# %% ../../nbs/12_peers.anomalib.ipynb #78d1cef2
+# %% ../../nbs/12_peers.anomalib.ipynb #54a576d8
+class UnsuitableError(ConfigError):
+    "A method that cannot work with the extractor of the run."
+
 class Settled(FeatureDetector):
     "A competitor with `settings` of its own, those of the profile `smoke`, and those of its published form."
     settings, smoke, published = {}, {}, {}
@@ -207,7 +211,7 @@ class Settled(FeatureDetector):
         config: Config, # Settings of the run
         original: str = None, # Extractor of the original form
     ) -> Config: # Settings of the method
-        "Put the settings of the method in place of the profile's. Raises `ConfigError` for an extractor that it cannot take."
+        "Put the settings of the method in place of the profile's."
         profile = Config(**PROFILES.get(config.profile, {}))
         own = cls.settings | (cls.smoke if config.profile in ('smoke', 'clean') else {}) | (cls.published if original else {})
         own = {k: v for k, v in own.items() if getattr(config, k) == getattr(profile, k)}

@@ -6,7 +6,7 @@
 __all__ = ['DIFFERENCES', 'SAME_EXTRACTOR', 'PEERS', 'ReducedStudent', 'pooled', 'ShallowTeacher', 'shallow_layers', 'Students',
            'branch_losses', 'train_students', 'branch_map', 'mix', 'MixedHead', 'Mixed', 'MixedTeacher']
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #a44ed000
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #484d6554
 import copy, math
 from functools import partial
 import timm, torch
@@ -20,7 +20,7 @@ from ..features import FeatureCache, FeatureExtractor, checked_openvino
 from ..losses import decoder_loss, reduce_loss
 from ..training import TrainingError, make_optimiser
 from ..scoring import enlarge_maps
-from .anomalib import Settled, global_seed
+from .anomalib import Settled, UnsuitableError, global_seed
 
 # %% ../../nbs/12_peers.mixed_teacher.ipynb #c7f4c296
 class ReducedStudent(nn.Module):
@@ -54,13 +54,13 @@ class ShallowTeacher(FeatureExtractor):
     ) -> list: # Two maps, N×C×H/8×W/8 and N×C×H/16×W/16
         return pooled(super().__call__(images))
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #8c40588b
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #88a8a232
 def shallow_layers(
     name: str, # A timm model
 ) -> tuple: # Which of its maps have strides 4 and 8 (`out_indices` of timm)
-    "The layers of a network that the shallow branch can use. Raises `ConfigError` if there are none."
+    "The layers of a network that the shallow branch can use. Raises `UnsuitableError` if there are none."
     with torch.device('meta'): strides = timm.create_model(name, features_only=True).feature_info.reduction()
-    if not {4, 8} <= set(strides): raise ConfigError(f'extractor={name!r}: has maps of strides {strides}; the shallow branch of MixedTeacher expects 4 and 8')
+    if not {4, 8} <= set(strides): raise UnsuitableError(f'extractor={name!r}: has maps of strides {strides}; the shallow branch of MixedTeacher expects 4 and 8')
     return strides.index(4), strides.index(8)
 
 # %% ../../nbs/12_peers.mixed_teacher.ipynb #e9bec63c
@@ -179,7 +179,7 @@ SAME_EXTRACTOR = ( # of the form on the same extractor
     'the deep teacher is the extractor of the run, where the original has EfficientNet-b0',
 )
 
-# %% ../../nbs/12_peers.mixed_teacher.ipynb #9abe942b
+# %% ../../nbs/12_peers.mixed_teacher.ipynb #c2219e7c
 class MixedTeacher(Settled):
     "Disagreement of two students with their teachers (Thomine et al. 2023)."
     settings = dict(epochs=100, batch_size=8, lr=4e-4, max_lr_factor=10.0, cycle_momentum=True, weight_decay=0.0,
@@ -195,6 +195,7 @@ class MixedTeacher(Settled):
     ):
         if shallow_weights and not original: raise ConfigError(f'shallow_weights={shallow_weights!r}: only the original form has an extractor of its own for the shallow branch')
         super().__init__(self.settle(config or Config(), original), textures, seed)
+        if not original: shallow_layers(self.config.extractor)
         self.original, self.shallow_weights = original, shallow_weights or ('random' if self.config.weights == 'random' else 'timm')
         self.about = dict(published_epochs=self.settings['epochs'], shallow_teacher=None, differences=[*DIFFERENCES, *(() if original else SAME_EXTRACTOR)])
 
