@@ -6,14 +6,14 @@
 __all__ = ['app', 'Quiet', 'Json', 'Device', 'Alpha', 'Model', 'Set', 'Weights', 'fit', 'score', 'evaluate', 'export_', 'tables',
            'audit', 'show_config']
 
-# %% ../nbs/25_cli.ipynb #9e054dac
-import csv, json, sys
+# %% ../nbs/25_cli.ipynb #9ca08f14
+import ast, csv, json, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/25_cli.ipynb #bcbf7bac
+# %% ../nbs/25_cli.ipynb #171d5b2b
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Surface anomaly detection with contrastively selected embedding: fit on good images, find defects.')
 
@@ -23,56 +23,69 @@ def _stop(message, status):
     raise typer.Exit(status)
 
 @contextmanager
-def _errors():
-    "Turn the errors of the library, known by the module that defines them, into a sentence and an exit status."
+def _errors(interrupted='interrupted'):
+    "Turn the errors of the library, known by the module that defines them, into a sentence and an exit status. File names that are no UTF-8 are printed as they are."
+    sys.stdout.reconfigure(errors='surrogateescape')
     try: yield
-    except KeyboardInterrupt: _stop('interrupted; what was finished is kept', 130)
+    except KeyboardInterrupt: _stop(interrupted, 130)
     except Exception as e:
         if not isinstance(e, OSError) and not type(e).__module__.startswith('cse.'): raise
         _stop(e, 1 if type(e).__name__ == 'GridError' else 2)
 
-# %% ../nbs/25_cli.ipynb #251120b6
+# %% ../nbs/25_cli.ipynb #686624c7
+def _path(text):
+    "A path. An empty one would mean the current folder."
+    if not text: raise typer.BadParameter('is empty; expected a path')
+    return Path(text)
+
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda or cuda:N.')]
 Alpha = Annotated[float, typer.Option(help='Share of good images that may be flagged, at most.')]
-Model = Annotated[Path, typer.Argument(help='Folder of a fitted detector.')]
+Model = Annotated[Path, typer.Argument(parser=_path, metavar='MODEL', help='Folder of a fitted detector.')]
 Set = Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help='Another setting, such as epochs=20; see `cse show-config`. May be repeated.')]
 Weights = Annotated[str, typer.Option(help="'packaged', 'timm', 'random' or a file; empty for the profile's.")]
 
+def _value(text):
+    "A value in JSON, or as `show-config` prints it; other text as it is."
+    for read in (json.loads, ast.literal_eval):
+        try: return read(text)
+        except (ValueError, SyntaxError): pass
+    return text
+
 def _settings(pairs, **others):
-    "Settings from NAME=VALUE, values read as JSON where they are."
+    "Settings from NAME=VALUE."
     from cse.config import ConfigError
     found = {k: v for k, v in others.items() if v}
     for pair in pairs or []:
         name, equals, text = pair.partition('=')
         if not equals or name == 'profile': raise ConfigError(f'--set {pair}: expected NAME=VALUE, such as epochs=20, and --profile for a profile')
-        try: found[name] = json.loads(text)
-        except ValueError: found[name] = text
+        found[name] = _value(text)
     return found
 
-def _decides(detector, alpha):
-    "Can the detector decide with this share of false alarms? A note says why not."
+def _decides(detector, alpha, context):
+    "Can the detector decide with this share of false alarms? A note says why not, unless nobody asked for decisions."
     from cse.config import ConfigError
     from cse.scoring import CalibrationError
     if not 0 < alpha < 1: raise ConfigError(f'--alpha {alpha}: expected a number between 0 and 1')
-    try:
-        if detector.calibration: return detector.calibration.allowed(alpha) >= 0
-    except CalibrationError as e: typer.echo(f'note: no decisions, {e}', err=True)
-    return False
+    try: return detector._calibrated().allowed(alpha) >= 0
+    except CalibrationError as e:
+        if detector.calibration or context.get_parameter_source('alpha').name != 'DEFAULT': typer.echo(f'note: no decisions, {e}', err=True)
 
 def _load(model, device, weights=''):
     "A saved detector."
     from cse.detector import CSE
-    return CSE.load(model, device=device, **({'weights': weights} if weights else {}))
+    detector = CSE.load(model, device=device, **({'weights': weights} if weights else {}))
+    if detector.interrupted: typer.echo(f'note: {model}: its training was interrupted before it was over', err=True)
+    return detector
 
-# %% ../nbs/25_cli.ipynb #e3ccd718
+# %% ../nbs/25_cli.ipynb #febba7ea
 @app.command()
 def fit(
-    folder: Annotated[Path, typer.Argument(help='Folder of good images, searched with everything below it.')],
-    output: Annotated[Path, typer.Option('--output', '-o', help='Folder for the detector. An interrupted training in it is taken up again.')],
+    folder: Annotated[Path, typer.Argument(parser=_path, metavar='FOLDER', help='Folder of good images, searched with everything below it.')],
+    output: Annotated[Path, typer.Option('--output', '-o', parser=_path, metavar='<path>', help='Folder for the detector. An interrupted training in it is taken up again.')],
     profile: Annotated[str, typer.Option(help='smoke, paper, official or clean.')] = 'smoke',
-    textures: Annotated[Optional[Path], typer.Option(help='Folder of textures for synthetic defects, such as dtd/images; built-in ones if not given.')] = None,
+    textures: Annotated[Optional[Path], typer.Option(parser=_path, metavar='<path>', help='Folder of textures for synthetic defects, such as dtd/images; built-in ones if not given.')] = None,
     extractor: Annotated[str, typer.Option(help="A timm model; empty for the profile's.")] = '',
     weights: Weights = '',
     held_out: Annotated[float, typer.Option(help='Share of the images that is kept for the threshold; 0 for a detector without one.')] = 0.2,
@@ -86,37 +99,45 @@ def fit(
 
     Example: cse fit wood/train/good -o wood.cse
     """
-    with _errors():
+    with _errors('interrupted; what was finished is kept'):
         from cse.config import from_profile
         from cse.detector import CSE
         config = from_profile(profile, **_settings(set, extractor=extractor, weights=weights, device=device))
+        if (output/'model.json').exists() and not (output/'training.pt').exists(): typer.echo(f'note: {output}: holds a detector, which this one will replace', err=True)
         detector = CSE(config, textures, seed).fit(folder, progress=not quiet, held_out=held_out, folder=output)
         about = dict(model=str(output), images=detector.fitted_on['images'], epochs=len(detector.history), best_epoch=detector.best_epoch, interrupted=detector.interrupted,
                      calibration_images=len(detector.calibration or ()), smallest_alpha=1 / (len(detector.calibration) + 1) if detector.calibration else None)
         typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {output}')
         if detector.interrupted: _stop(f'interrupted after {len(detector.history)} of {config.epochs} epochs; the detector has the best weights so far, and the same command goes on', 130)
 
-# %% ../nbs/25_cli.ipynb #efacce86
-def _overlays(detector, scores, folder, top):
-    "Write pictures of the maps over the prepared images, under the names of the files and .png."
+# %% ../nbs/25_cli.ipynb #58e76088
+def _overlays(images, scores, folder, top):
+    "Write pictures of the maps over the prepared images, under the names of the files and .png. A sentence for each that could not be written comes back."
     from PIL import Image
-    from cse.data import Images
+    from cse.data import DataError
     from cse.scoring import overlay
-    images = Images(scores.paths, detector.config)
-    high = float(scores.coarse[scores.image == scores.image].max())
+    high, failed = float(scores.coarse[scores.image == scores.image].max()), []
     for i, path in enumerate(scores.paths):
         if scores.image[i] != scores.image[i]: continue
         target = folder/Path(path).relative_to(top)
         target = target.with_name(f'{target.name}.png')
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(overlay(images[i], scores[i:i + 1].map[0], high)).save(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(overlay(images[i], scores[i:i + 1].map[0], high)).save(target)
+        except (OSError, DataError) as e: failed.append(_unwritten(target, e))
+    return failed
+
+def _unwritten(path, e):
+    "A sentence for a file that could not be written."
+    return f'{path}: could not be written ({getattr(e, "strerror", None) or e})'
 
 @app.command()
 def score(
+    context: typer.Context,
     model: Model,
-    folder: Annotated[Path, typer.Argument(help='An image, or a folder of images.')],
+    folder: Annotated[Path, typer.Argument(parser=_path, metavar='FOLDER', help='An image, or a folder of images.')],
     csv_file: Annotated[Optional[Path], typer.Option('--csv', help='Write the lines to this file instead of standard output.')] = None,
-    overlays: Annotated[Optional[Path], typer.Option(help='Folder for pictures of the anomaly maps.')] = None,
+    overlays: Annotated[Optional[Path], typer.Option(parser=_path, metavar='<path>', help='Folder for pictures of the anomaly maps.')] = None,
     alpha: Alpha = 0.05,
     weights: Weights = '',
     device: Device = 'auto',
@@ -127,39 +148,48 @@ def score(
 
     Example: cse score wood.cse wood/test --csv scores.csv --overlays maps
     """
-    with _errors():
+    failed = []
+    with _errors('interrupted; no scores were written'):
         import numpy as np
         from cse.config import ConfigError
-        from cse.data import check_file, check_writable, replacing
+        from cse.data import Images, check_file, check_writable, replacing
         top = folder if folder.is_dir() else folder.parent
-        if overlays and folder.is_dir() and overlays.resolve().is_relative_to(top.resolve()): raise ConfigError(f'--overlays {overlays}: lies in the folder that is scored; expected another one')
+        if overlays and (overlays.resolve() == top.resolve() or folder.is_dir() and overlays.resolve().is_relative_to(top.resolve())):
+            raise ConfigError(f'--overlays {overlays}: lies in the folder that is scored; expected another one')
+        if csv_file and model.resolve() in csv_file.resolve().parents: raise ConfigError(f'--csv {csv_file}: lies in the detector; expected a file outside of it')
         if csv_file: check_file(csv_file)
         if overlays: check_writable(overlays)
         detector = _load(model, device, weights)
         if overlays and detector.config.anomaly_map == 'none': raise ConfigError("--overlays: this detector was fitted with anomaly_map='none'; it has no maps")
-        decide = _decides(detector, alpha)
-        scores = detector.score(folder, progress=not quiet)
+        decide, images = _decides(detector, alpha, context), Images(folder, detector.config)
+        if csv_file and csv_file.resolve() in (Path(p).resolve() for p in images.paths): raise ConfigError(f'--csv {csv_file}: is one of the images; expected another file')
+        scores = detector.score(images, progress=not quiet)
         rows = [dict(path=path, score=None if np.isnan(s) else float(s)) for path, s in zip(scores.paths, scores.image)]
         if detector.calibration:
             for row, p in zip(rows, detector.calibration.p_values(scores.image)): row['p_value'] = None if np.isnan(p) else float(p)
         if decide:
             for row, flag in zip(rows, detector.calibration.flags(scores.image, alpha)): row['decision'] = None if row['score'] is None else 'defective' if flag else 'good'
-        if overlays: _overlays(detector, scores, overlays, top)
         def write(file):
             lines = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
             lines.writeheader()
             lines.writerows(rows)
-        if csv_file:
-            with replacing(csv_file) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file: write(file)
         if as_json: typer.echo(json.dumps(dict(model=str(model), alpha=alpha, images=rows)))
         elif not csv_file: write(sys.stdout)
-        if missing := sum(r['score'] is None for r in rows): _stop(f'{missing} of {len(rows)} images could not be read', 1)
+        if csv_file:
+            try:
+                with replacing(csv_file) as temporary, open(temporary, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file: write(file)
+            except OSError as e: failed.append(_unwritten(csv_file, e))
+    with _errors('interrupted; the scores are written, some overlays are not'):
+        if missing := sum(r['score'] is None for r in rows): failed.append(f'{missing} of {len(rows)} images could not be read')
+        if overlays: failed += _overlays(images, scores, overlays, top)
+        if failed: _stop('; '.join(failed[:3]) + f'; {len(failed) - 3} more' * (len(failed) > 3), 1)
 
-# %% ../nbs/25_cli.ipynb #0b266969
+# %% ../nbs/25_cli.ipynb #4f5e5af5
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Model,
-    category: Annotated[Path, typer.Argument(help='Folder of a category in MVTec layout, with train/good, test/good and test/<defect>.')],
+    category: Annotated[Path, typer.Argument(parser=_path, metavar='CATEGORY', help='Folder of a category in MVTec layout, with train/good, test/good and test/<defect>.')],
     alpha: Alpha = 0.05,
     weights: Weights = '',
     device: Device = 'auto',
@@ -171,21 +201,29 @@ def evaluate(
     Example: cse evaluate wood.cse mvtec/wood
     """
     with _errors():
-        from cse.data import load_category, read_masks
+        import numpy as np
+        from cse.data import DataError, load_category, read_masks
         from cse.metrics import aupro, auroc, auroc_interval, pixel_auroc
+        for part in (category/'train'/'good', category/'test'/'good'):
+            if not part.is_dir(): raise DataError(f'{part}: no such folder; expected a category in MVTec layout')
         detector, found = _load(model, device, weights), load_category(category.resolve().parent, category.resolve().name)
+        decide, masks = _decides(detector, alpha, context), read_masks(found, detector.config) if found.masks and detector.config.anomaly_map != 'none' else None
         scores = detector.score(found.test, progress=not quiet)
-        low, high = auroc_interval(found.labels, scores.image)
-        about = dict(images=len(found.test), good=int((found.labels == 0).sum()), auroc=auroc(found.labels, scores.image), auroc_low=low, auroc_high=high)
-        if _decides(detector, alpha):
-            flagged = detector.calibration.flags(scores.image, alpha)
-            about |= dict(alpha=alpha, false_positive_rate=float(flagged[found.labels == 0].mean()), detection_rate=float(flagged[found.labels == 1].mean()))
-        if found.masks and scores.coarse is not None:
-            masks, maps = read_masks(found, detector.config), scores.map
+        read = ~np.isnan(scores.image)
+        labels, values, missing = found.labels[read], scores.image[read], int((~read).sum())
+        low, high = auroc_interval(labels, values)
+        about = dict(images=len(values), good=int((labels == 0).sum()), auroc=auroc(labels, values), auroc_low=low, auroc_high=high)
+        if missing: about |= dict(unreadable=missing)
+        if decide:
+            flagged = detector.calibration.flags(values, alpha)
+            about |= dict(alpha=alpha, false_positive_rate=float(flagged[labels == 0].mean()), detection_rate=float(flagged[labels == 1].mean()))
+        if masks is not None:
+            masks, maps = masks[read], scores.map[read]
             about |= dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)))
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
+        if missing: _stop(f'{missing} of {len(read)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #eef505bd
+# %% ../nbs/25_cli.ipynb #1971de6d
 @app.command('export')
 def export_(
     model: Model,
@@ -222,7 +260,7 @@ def tables(
 
     Example: cse tables 1 --data mvtec_ad --textures dtd/images --profile paper --seeds 3
     """
-    with _errors():
+    with _errors('interrupted; what was finished is kept'):
         from cse.config import ConfigError, from_profile
         from cse.experiments import GridError, run_table
         from cse.report import PUBLISHED, publish

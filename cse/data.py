@@ -75,18 +75,27 @@ def resize_crop(
     top, left = (h - config.crop) // 2, (w - config.crop) // 2
     return image[:, top:top + config.crop, left:left + config.crop].contiguous()
 
-# %% ../nbs/01_data.ipynb #93233af0
+# %% ../nbs/01_data.ipynb #b5ff264c
+def _folder(path, expected):
+    "A folder that is there. The empty path is none, though pathlib takes it for the current folder."
+    if path == '' or not Path(path).is_dir(): raise DataError(f'{path or repr(path)}: no such folder; expected {expected}')
+    return Path(path)
+
+def _below(folder):
+    "Everything below a folder, sorted, without what is hidden or what macOS and Synology put beside images."
+    hidden = lambda part: part.startswith('.') or part in ('__MACOSX', '@eaDir')
+    return sorted(p for p in folder.rglob('*') if not any(map(hidden, p.relative_to(folder).parts)))
+
 def image_files(
-    folder: str | Path, # A folder, searched with everything below it
+    folder: str | Path, # A folder, searched with everything below it that is not hidden
 ) -> list[Path]: # Its image files, sorted by path
     "All images below a folder. Raises `DataError` if there is no such folder or no image in it."
-    folder = Path(folder)
-    if not folder.is_dir(): raise DataError(f'{folder}: no such folder; expected a folder of images')
-    files = sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith('.'))
+    folder = _folder(folder, 'a folder of images')
+    files = [p for p in _below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     if not files: raise DataError(f'{folder}: holds no images; expected files with {", ".join(IMAGE_SUFFIXES)}')
     return files
 
-# %% ../nbs/01_data.ipynb #aebed4fc
+# %% ../nbs/01_data.ipynb #a7c8e2bb
 def as_image(
     value, # 3×H×W or 1×H×W tensor, or H×W×3, H×W×1 or H×W array, of uint8, uint16 or floats in [0, 1]; or a PIL image
     name: str = 'image', # How errors call it
@@ -94,12 +103,12 @@ def as_image(
     "Check one image in memory and bring it to the form of `read_image`. Raises `DataError`."
     if isinstance(value, Image.Image): value = _to_rgb(value, name)
     if isinstance(value, np.ndarray):
-        if value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,)): raise DataError(f'{name}: is an array of shape {value.shape}; expected H×W×3, H×W×1 or H×W')
+        if value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,)) or not value.size: raise DataError(f'{name}: is an array of shape {value.shape}; expected H×W×3, H×W×1 or H×W')
         if value.dtype not in (np.uint8, np.uint16, np.float32, np.float64): raise DataError(f'{name}: has type {value.dtype}; expected uint8, uint16 or floats in [0, 1]')
         value = value if value.dtype == np.uint8 else value.astype(np.float32) / (65535 if value.dtype == np.uint16 else 1)
         value = torch.from_numpy(np.array(value.reshape(*value.shape[:2], -1))).permute(2, 0, 1)
     if not isinstance(value, torch.Tensor): raise DataError(f'{name}: is a {type(value).__name__}; expected a tensor of shape 3×H×W, an array of shape H×W×3 or a PIL image')
-    if value.ndim != 3 or value.shape[0] not in (1, 3): raise DataError(f'{name}: has shape {tuple(value.shape)}; expected 3×H×W or 1×H×W')
+    if value.ndim != 3 or value.shape[0] not in (1, 3) or not value.numel(): raise DataError(f'{name}: has shape {tuple(value.shape)}; expected 3×H×W or 1×H×W')
     if value.dtype == torch.uint8: value = value.float() / 255
     if not value.is_floating_point(): raise DataError(f'{name}: has type {value.dtype}; expected floats in [0, 1] or uint8')
     if not value.isfinite().all(): raise DataError(f'{name}: holds NaN or infinite values; expected numbers in [0, 1]')
@@ -107,7 +116,7 @@ def as_image(
     if low < 0 or high > 1: raise DataError(f'{name}: holds values from {low:.3g} to {high:.3g}; expected [0, 1]')
     return value.float().expand(3, -1, -1)
 
-# %% ../nbs/01_data.ipynb #f59acbf5
+# %% ../nbs/01_data.ipynb #04c8635b
 class Images:
     "Prepared images from a folder, paths, images in memory or a `Dataset`: a sequence of 3×crop×crop tensors."
     def __init__(self,
@@ -117,6 +126,9 @@ class Images:
         self.config, self.paths = config, None
         if isinstance(source, (str, Path)): source = [source] if Path(source).is_file() else image_files(source)
         if isinstance(source, DataLoader): source = source.dataset
+        if hasattr(source, 'to_list'): source = source.to_list() # a column of pandas, whose places are labels
+        if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[0] in (1, 3) and source.shape[2] > 4:
+            raise DataError(f'array: has shape {source.shape}; is it C×H×W? expected H×W×3 for an image, N×H×W×1 or N×H×W×3 for several')
         if isinstance(source, Image.Image) or isinstance(source, np.ndarray) and (source.ndim < 3 or source.ndim == 3 and source.shape[2] <= 4): source = [source]
         if isinstance(source, torch.Tensor) and source.ndim != 4: raise DataError(f'tensor: has shape {tuple(source.shape)}; expected N×3×H×W')
         if isinstance(source, (list, tuple)) and all(isinstance(p, (str, Path)) for p in source): self.paths = [str(p) for p in source]
@@ -146,6 +158,7 @@ class Images:
         errors: dict = None, # Collects index → `DataError` of images that cannot be read, which become black; without it they raise
     ): # Iterator over n×3×crop×crop tensors, in order
         "Read ahead in threads, at most two batches: memory stays flat however long the folder is."
+        if size < 1: raise ConfigError(f'batch_size={size}: expected at least 1')
         def read(i):
             try: return self[i]
             except DataError as e:
@@ -221,30 +234,32 @@ class Category:
         good, bad = (self.labels == 0).sum(), (self.labels == 1).sum()
         return f'{self.name}: {len(self.train)} training, {good} good and {bad} defective test images, {"with" if self.masks else "no"} masks'
 
-# %% ../nbs/01_data.ipynb #99e644d3
+# %% ../nbs/01_data.ipynb #1a7c0b8d
 def _masks(folder, test, defects):
     "Mask files beside the test images, or None where the category has none."
     truth = folder/'ground_truth'
     if not truth.is_dir(): return None
-    found = [next((m for m in (truth/d/f'{p.stem}{end}.png' for end in ('_mask', '')) if m.is_file()), None) if d != 'good' else None
-             for p, d in zip(test, defects)]
+    def find(image, kind):
+        places = truth/image.parent.relative_to(folder/'test'), truth/kind
+        return next((m for place in places for end in ('_mask', '') if (m := place/f'{image.stem}{end}.png').is_file()), None)
+    found = [None if d == 'good' else find(p, d) for p, d in zip(test, defects)]
     missing = [p for p, d, m in zip(test, defects, found) if d != 'good' and m is None]
     if missing: raise DataError(f'{truth}: no mask for {missing[0]} (and {len(missing) - 1} more); expected {missing[0].stem}_mask.png')
     return found
 
 def _mvtec_category(root, name):
     "A category in MVTec layout."
-    folder = root/name
+    folder, kind = root/name, lambda p: p.relative_to(folder/'test').parts[0]
     train, test = image_files(folder/'train'/'good'), image_files(folder/'test')
     stray = [p for p in test if p.parent == folder/'test']
     if stray: raise DataError(f'{stray[0]}: lies in test itself; expected test/good or test/<defect>')
-    test = sorted(test, key=lambda p: (p.parent.name != 'good', p))
-    defects = [p.parent.name for p in test]
+    test = sorted(test, key=lambda p: (kind(p) != 'good', p))
+    defects = [kind(p) for p in test]
     if 'good' not in defects: raise DataError(f'{folder}/test/good: no images; expected defect-free test images')
     if set(defects) == {'good'}: raise DataError(f'{folder}/test: no defective images; expected a folder for each kind of defect beside test/good')
     return Category(name, root, train, test, defects, _masks(folder, test, defects))
 
-# %% ../nbs/01_data.ipynb #b3252b6b
+# %% ../nbs/01_data.ipynb #f63a23f7
 _FRAME = re.compile(r'(c\dr\d)e(\d)n(\d+)\.tiff?', re.IGNORECASE)
 
 def tilda_frames(
@@ -252,7 +267,7 @@ def tilda_frames(
 ) -> dict: # Fabric → (kind of defect, number) → file
     "The frames of a TILDA release. Raises `DataError` for a frame that is there twice or that no release has."
     found = {}
-    for p in sorted(Path(root).rglob('*')):
+    for p in _below(Path(root)):
         if not (name := _FRAME.fullmatch(p.name)): continue
         fabric, kind, number = name[1].lower(), int(name[2]), int(name[3])
         if fabric not in TILDA_FABRICS or kind > 7 or number < 1:
@@ -289,11 +304,10 @@ def _tilda_category(root, name, fabric, frames, config):
     files, defects = list(places), [part.removeprefix('test/') for part, _, _ in parts]
     return Category(name, root, files[:len(train)], files[len(train):], defects[len(train):], None, places)
 
-# %% ../nbs/01_data.ipynb #da576719
+# %% ../nbs/01_data.ipynb #80f61a34
 def _find(root, config):
     "Name → function that loads the category, for all that lie below a folder."
-    root = Path(root)
-    if not root.is_dir(): raise DataError(f'{root}: no such folder; expected a folder of categories in MVTec layout, or a TILDA release')
+    root = _folder(root, 'a folder of categories in MVTec layout, or a TILDA release')
     names = sorted(p.name for p in root.iterdir() if (p/'train'/'good').is_dir())
     if names: return {name: functools.partial(_mvtec_category, root, name) for name in names}
     found = tilda_frames(root)
@@ -318,14 +332,18 @@ def load_category(
     if name not in found: raise DataError(f'category {name!r}: not in {root}; expected one of {", ".join(found)}')
     return found[name]()
 
-# %% ../nbs/01_data.ipynb #6f7e117b
+# %% ../nbs/01_data.ipynb #ecc4a18b
 def read_masks(
     category: Category, # A category with masks
     config: Config, # How its images are prepared
 ) -> np.ndarray: # N×crop×crop bool, one a test image
     "Masks of the test images after the preparation of the images; all false for good ones."
-    empty = torch.zeros(config.crop, config.crop, dtype=torch.bool)
-    return torch.stack([resize_crop(read_image(m), config, str(m))[0] > 0.5 if m else empty for m in category.masks]).numpy()
+    def read(path):
+        if path is None: return torch.zeros(config.crop, config.crop, dtype=torch.bool)
+        mask = read_image(path)
+        if (most := mask[0].max()) <= 0.5: raise DataError(f'{path}: marks nothing, its largest value is {most:.2g}; expected 1, which is white, where the defect is')
+        return resize_crop(mask, config, str(path))[0] > 0.5
+    return torch.stack([read(path) for path in category.masks]).numpy()
 
 # %% ../nbs/01_data.ipynb #7135bf36
 @functools.cache

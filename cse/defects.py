@@ -276,7 +276,7 @@ def blurry(
     blurred = blur(torch.stack(images), 5 + 2 * (u[:, 1] * 6).long())
     return [take(image, at) for image, at in zip(blurred, places)]
 
-# %% ../nbs/03_defects.ipynb #9925aef9
+# %% ../nbs/03_defects.ipynb #5525834c
 KINDS = 'structural', 'textural', 'blurry'
 
 def _draw(generators): return torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
@@ -290,16 +290,18 @@ class DefectGenerator:
     ):
         shape = tuple(getattr(textures, 'shape', ()))
         if len(shape) != 4 or shape[0] == 0 or shape[1] != 3: raise DataError(f'textures: got shape {shape}; expected M×3×h×w with at least one image')
+        if 'uint8' not in str(textures.dtype) and not (0 <= textures.min() and textures.max() <= 1):
+            raise DataError(f'textures: hold values from {textures.min():.3g} to {textures.max():.3g}; expected uint8, or floats in [0, 1]')
         if channels not in ('rgb', 'bgr'): raise DataError(f"channels={channels!r}: expected 'rgb' or 'bgr'")
         self.textures, self.channels, self.grey = textures, channels, grey
 
     @classmethod
     def from_config(cls,
         config: Config, # Size, channels and colour of textures
-        textures: str | Path | np.ndarray | torch.Tensor = None, # A folder, or M×3×h×w; built-in ones if not given
+        textures: str | Path | np.ndarray | torch.Tensor = None, # A folder, or M×3×h×w; built-in ones if not given or empty
     ): # A generator
         "The generator that a detector with these settings trains on. Raises `DataError` for textures that cannot be read."
-        if textures is None: textures = builtin_textures(config.crop)
+        if textures is None or isinstance(textures, str) and not textures: textures = builtin_textures(config.crop)
         elif isinstance(textures, (str, Path)): textures = texture_images(textures, config.crop, config.workers)
         return cls(textures, config.texture_channels, config.grey_textures)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #d57da2c7
-import hashlib, json, logging
+# %% ../nbs/09_detector.ipynb #e528b3eb
+import hashlib, json, logging, numbers, operator
 from dataclasses import fields
 from pathlib import Path
 import numpy as np, torch
@@ -31,7 +31,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #2b8aeccf
+# %% ../nbs/09_detector.ipynb #59c74678
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -39,7 +39,11 @@ class Detector:
         textures: str | Path | np.ndarray | torch.Tensor = None, # Textures for synthetic defects: a folder, or M×3×h×w; built-in ones if not given
         seed: int = 0, # Seed of everything random
     ):
-        self.config, self.textures, self.seed = config or Config(), textures, seed
+        config = Config() if config is None else config
+        if not isinstance(config, Config): raise ConfigError(f'config={config!r}: expected a Config, such as Config.smoke()')
+        try: seed = int(operator.index(seed))
+        except TypeError: raise ConfigError(f'seed={seed!r}: expected a whole number') from None
+        self.config, self.textures, self.seed = config, textures, seed
         self.extractor = self.calibration = self._head = self._whole = None
         self._fitted = self.interrupted = False
         self.history, self.best_epoch, self.clock, self.fitted_on = [], None, Stopwatch(), {}
@@ -49,6 +53,7 @@ class Detector:
         about = f'{name}(profile={c.profile!r}, extractor={c.extractor!r}, seed={self.seed})'
         if not self._fitted: return f'{about}: not fitted'
         epochs = f', epoch {self.best_epoch + 1} of {len(self.history)}' if self.history else ''
+        epochs += ', interrupted' * self.interrupted
         on = f' on {self.fitted_on["images"]} images' if self.fitted_on else ''
         return f'{about}: fitted{on}{epochs}, ' + (f'calibrated on {len(self.calibration)}' if self.calibration else 'not calibrated')
 
@@ -57,9 +62,9 @@ class Detector:
         return dict(config=self.config, textures=self.textures, seed=self.seed)
 
     def set_params(self, **params): # Itself
-        "As in scikit-learn. What was learned is forgotten."
+        "As in scikit-learn. A change makes it forget what it has learned."
         for name in params.keys() - self.get_params().keys(): raise ConfigError(f'{name}={params[name]!r}: expected one of config, textures, seed')
-        self.__init__(**self.get_params() | params)
+        if params: self.__init__(**self.get_params() | params)
         return self
 
     def _ready(self):
@@ -71,6 +76,16 @@ class Detector:
 
     def _layers(self): return self.config.layers
 
+    def _images(self, images):
+        "Prepared images."
+        return images if isinstance(images, Images) else Images(images, self.config)
+
+    def _defect_free(self, images):
+        "Images to learn from. A folder with a whole category in it holds defects and masks as well, and is refused."
+        found, folder = self._images(images), Path(images) if isinstance(images, (str, Path)) else None
+        if good := folder and next(folder.rglob('train/good'), None): raise DataError(f'{folder}: holds more than defect-free images; expected {good}')
+        return found
+
     def fit(self,
         images, # Defect-free images: a folder, files, an N×3×H×W tensor in [0, 1], or a Dataset
         progress: bool = True, # Show bars
@@ -78,12 +93,15 @@ class Detector:
         folder: str | Path = None, # Where the training is kept after every epoch and taken up again, and the detector is saved
     ): # Itself
         "Train on defect-free images and synthetic defects. Bad images, textures or weights raise before training starts. Ctrl-C ends the training with the best weights so far."
-        config, images, self._fitted, self.calibration = self.config, Images(images, self.config), False, None
+        config, images = self.config, self._defect_free(images)
         if folder and not hasattr(self, 'save'): raise ConfigError(f'folder={str(folder)!r}: a {type(self).__name__} cannot be saved; expected no folder')
-        if not 0 <= held_out < 1: raise ConfigError(f'held_out={held_out!r}: expected a share of at least 0 and less than 1')
+        if not (isinstance(held_out, numbers.Real) and 0 <= held_out < 1): raise ConfigError(f'held_out={held_out!r}: expected a share of at least 0 and less than 1')
         if held_out: fitted, kept = (images.subset(rows) for rows in split(len(images), held_out, seeded(self.seed, 'held out')))
         else: fitted, kept = images, None
-        self._check(len(fitted))
+        try: self._check(len(fitted))
+        except DataError as e:
+            if not kept: raise
+            raise DataError(f'{e}; held_out={held_out} keeps {len(kept)} of the {len(images)} images') from e
         if kept: kept.check()
         self.clock = clock = Stopwatch()
         with clock('textures'): defects = DefectGenerator.from_config(config, self.textures)
@@ -93,6 +111,7 @@ class Detector:
             raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; those of {config.extractor} have strides {strides}')
         if folder: check_writable(folder)
         cache = FeatureCache(fitted, self.extractor, config, clock, progress)
+        self._fitted, self.calibration = False, None # until here an earlier fit stands
         self.fitted_on = dict(images=len(fitted), sha256=hashlib.sha256(cache.images.cpu().numpy()).hexdigest())
         key = digest([type(self).__name__, fingerprint(config), self.seed, self.fitted_on, self.extractor.origin['sha256'],
                       hashlib.sha256(np.ascontiguousarray(defects.textures)).hexdigest()]) if folder else ''
@@ -109,8 +128,7 @@ class Detector:
     ): # Itself
         "Learn from held-out good images how high a good image scores."
         self._ready()
-        images = images if isinstance(images, Images) else Images(images, self.config)
-        self.calibration = Calibration(self.score(images.check()).image)
+        self.calibration = Calibration(self.score(self._defect_free(images).check()).image)
         return self
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps
@@ -141,8 +159,7 @@ class Detector:
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
         "Anomaly scores (§3.5). An image that cannot be read scores NaN and is named in a warning; the others are scored."
         self._ready()
-        images = images if isinstance(images, Images) else Images(images, self.config)
-        errors, scores, maps, start = {}, None, None, 0
+        images, errors, scores, maps, start = self._images(images), {}, None, None, 0
         with tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False) as bar:
             for batch in images.batches(batch_size, errors=errors):
                 values, coarse = (t.cpu().numpy() for t in self._scored(batch))
@@ -189,7 +206,7 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #0aaedbad
+# %% ../nbs/09_detector.ipynb #c288b593
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
     embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
@@ -262,7 +279,7 @@ class CSE(Detector):
             tensors |= {f'density.{k}': v.cpu().contiguous() for k, v in self.density.state_dict().items()} | {'standards': self.standards.cpu()}
         data = save_tensors(tensors)
         about = dict(schema=SCHEMA, config=self.config.to_dict(), seed=self.seed, channels=self.embedder.channels, extractor=self.extractor.origin,
-                     best_epoch=self.best_epoch, history=self.history, fitted_on=self.fitted_on, calibration=self.calibration and self.calibration.scores.tolist(),
+                     best_epoch=self.best_epoch, history=self.history, interrupted=self.interrupted, fitted_on=self.fitted_on, calibration=self.calibration and self.calibration.scores.tolist(),
                      tensors_sha256=hashlib.sha256(data).hexdigest())
         about |= dict(sha256=_checksum(about))
         with replacing(folder/'model.safetensors') as path: path.write_bytes(data)
@@ -278,10 +295,14 @@ class CSE(Detector):
         allowed = [f.name for f in fields(Config) if f.metadata['runtime']] + ['weights']
         for name in runtime.keys() - set(allowed): raise ConfigError(f'{name}={runtime[name]!r}: expected one of {", ".join(allowed)}')
         about, tensors = _read_model(Path(folder))
-        self = cls(Config.from_dict(about['config']).replace(**runtime), seed=about['seed'])
+        try: config = Config.from_dict(about['config'])
+        except ConfigError as e: raise ModelError(f'{folder}/model.json: {e}') from e
+        self = cls(config.replace(**runtime), seed=about['seed'])
         self.extractor = FeatureExtractor.from_config(self.config, self._layers())
-        if self.extractor.origin['sha256'] != about['extractor']['sha256']:
-            raise ModelError(f'{folder}: was fitted with other weights of {self.config.extractor}; expected SHA-256 {about["extractor"]["sha256"]}')
+        if self.extractor.origin['sha256'] != (expected := about['extractor'].get('sha256')):
+            raise ModelError(f'{folder}: was fitted with other weights of {self.config.extractor}; expected SHA-256 {expected}')
+        if about['channels'] != (expected := self.extractor.channels[-len(config.layers):]):
+            raise ModelError(f'{folder}/model.json: channels={about["channels"]}; expected {expected}, which {config.extractor} has')
         of = lambda part: {k.removeprefix(part): tensors.pop(k) for k in list(tensors) if k.startswith(part)}
         standards, density, device = tensors.pop('standards', None), of('density.'), self.extractor.device
         names = _names(sum(k.startswith('prototypes') for k in tensors))
@@ -295,15 +316,17 @@ class CSE(Detector):
             bank.prototypes = tensors.pop(f'prototypes{i}').to(device)
         if density: self.density, self.standards = PatchGaussians(self.config.density_channels, seed=self.seed).restore(density).to(device), standards
         self.history, self.best_epoch = about['history'], about['best_epoch']
+        self.interrupted = about.get('interrupted', len(self.history) < self.config.epochs) # versions before did not say
         self.fitted_on, self._fitted = about.get('fitted_on', {}), True
         if about.get('calibration'): self.calibration = Calibration(about['calibration'])
         return self
 
-# %% ../nbs/09_detector.ipynb #b8c7472b
+# %% ../nbs/09_detector.ipynb #0a2887e8
 class ModelError(ValueError):
     "A saved detector that cannot be used."
 
 SCHEMA = 3 # of saved detectors
+_FORM = dict(config=dict, seed=int, channels=list, extractor=dict, best_epoch=int, history=list, tensors_sha256=str) # what every version of `model.json` has
 
 def _names(count):
     "What the tensors of each embedder are marked by: nothing for the first."
@@ -316,15 +339,19 @@ def _checksum(about):
 def _read_model(folder):
     "Contents of `model.json` and the tensors, checked."
     try: about, data = json.loads((folder/'model.json').read_text()), (folder/'model.safetensors').read_bytes()
-    except FileNotFoundError as e: raise ModelError(f'{e.filename}: no such file; expected a folder written by CSE.save') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ModelError(f'{folder}/model.json: is no JSON ({e})') from e
+    except OSError as e:
+        raise ModelError(f'{e.filename}: {"no such file" if isinstance(e, FileNotFoundError) else e.strerror}; expected a folder written by CSE.save') from None
+    except (ValueError, RecursionError) as e: raise ModelError(f'{folder}/model.json: is no JSON ({e})') from e
     schema = about.get('schema') if isinstance(about, dict) else None
     if schema not in range(1, SCHEMA + 1) or isinstance(schema, bool):
         newer = isinstance(schema, int) and schema > SCHEMA
         raise ModelError(f'{folder}/model.json: schema {schema!r}; this version of cse reads 1 to {SCHEMA}' + '; a newer one wrote it, and can read it' * newer)
-    expected = {'config', 'seed', 'channels', 'extractor', 'best_epoch', 'history', 'tensors_sha256'} | ({'fitted_on', 'calibration', 'sha256'} if schema > 1 else set())
+    expected = _FORM.keys() | ({'fitted_on', 'calibration', 'sha256'} if schema > 1 else set())
     if missing := expected - about.keys(): raise ModelError(f'{folder}/model.json: lacks {", ".join(sorted(missing))}')
-    if schema > 1 and _checksum(about) != about['sha256']: raise ModelError(f'{folder}/model.json: was changed after it was written; expected the file that CSE.save wrote')
+    if 'sha256' in about and _checksum(about) != about['sha256']: raise ModelError(f'{folder}/model.json: was changed after it was written; expected the file that CSE.save wrote')
+    if schema == 1: about = {k: about[k] for k in _FORM}
+    for name, kind in _FORM.items():
+        if not isinstance(about[name], kind): raise ModelError(f'{folder}/model.json: {name}={about[name]!r}; expected {kind.__name__}')
     if hashlib.sha256(data).hexdigest() != about['tensors_sha256']: raise ModelError(f'{folder}/model.safetensors: is damaged or belongs to another model.json')
     try: return about, load_tensors(data)
     except SafetensorError as e: raise ModelError(f'{folder}/model.safetensors: is no safetensors file ({e})') from e

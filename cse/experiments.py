@@ -6,11 +6,11 @@
 __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_method', 'variant', 'resolve_data', 'versions',
            'commit', 'processor', 'reset_peak_memory', 'peak_memory', 'latency', 'record_name', 'run_key',
            'write_record', 'identify', 'run', 'RecordError', 'read_record', 'load_records', 'estimates', 'GridError',
-           'grid', 'read_parameters', 'as_list', 'as_methods', 'as_settings', 'as_seeds', 'default_categories',
-           'run_table']
+           'grid', 'read_parameters', 'as_list', 'as_methods', 'suited', 'as_settings', 'as_seeds',
+           'default_categories', 'run_table']
 
-# %% ../nbs/20_experiments.ipynb #36db3fe0
-import functools, hashlib, inspect, json, os, platform, resource, subprocess, sys, tempfile, time, traceback
+# %% ../nbs/20_experiments.ipynb #fba2cec5
+import functools, hashlib, inspect, json, logging, os, platform, resource, subprocess, sys, tempfile, time, traceback
 from collections import defaultdict
 from contextlib import closing
 from datetime import datetime, timezone
@@ -25,7 +25,7 @@ from .surfaces import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from .features import pick_device
 from .detector import CSE
 from .classifier import ClassifierDetector
-from .peers.anomalib import PEERS
+from .peers.anomalib import PEERS, UnsuitableError
 from .peers.mixed_teacher import PEERS as MIXED_TEACHER
 from .peers.rdpp import PEERS as RDPP
 from .metrics import aupro, auroc, auroc_interval, pixel_auroc
@@ -185,7 +185,11 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #fc226e0c
+# %% ../nbs/20_experiments.ipynb #769aa5e0
+def _check_results(results):
+    "Refuse a folder of results that takes no records or no pictures, before any work is done for it."
+    for part in ('records', 'pictures'): check_writable(Path(results)/part)
+
 def run(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories in MVTec layout; None for the built-in surfaces
@@ -204,7 +208,7 @@ def run(
     detector = make_method(method, config, textures, seed)
     path = Path(results)/'records'/f'{key}.json'
     if path.exists() and not force: return read_record(path)
-    check_writable(path.parent)
+    _check_results(results)
     start = time.perf_counter()
     Images(found.test, config).check()
     if found.masks: read_masks(found, config)
@@ -216,7 +220,8 @@ def run(
     scored = time.perf_counter()
     if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
     metrics, peak = _measure(found, scores, config), peak_memory()
-    worst_pictures(found, scores, config, Path(results)/'pictures'/f'{key}.webp')
+    try: worst_pictures(found, scores, config, sheet := Path(results)/'pictures'/f'{key}.webp')
+    except OSError as e: logging.getLogger(__name__).warning(f'{sheet}: cannot be written ({e.strerror}); the record is kept without pictures')
     origin = detector.extractor.origin
     if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
     return write_record(path, dict(
@@ -248,7 +253,7 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #f8abbcee
+# %% ../nbs/20_experiments.ipynb #95788cd7
 def _run_elsewhere(call, results, key):
     "A run on a worker. Returns its record, as text, and its pictures."
     call = call | {name: os.environ.get(f'CSE_{name.upper()}') or call[name] for name in ('data', 'textures') if call.get(name)}
@@ -256,7 +261,7 @@ def _run_elsewhere(call, results, key):
     found = identify(*(call.get(name) for name in ('config', 'data', 'category', 'method', 'seed', 'textures')))[-1]
     if found != key: raise DataError(f'{call["data"] or "built-in data"}: here the run is {found}, asked for was {key}; expected the same images, textures and weights on every worker')
     with tempfile.TemporaryDirectory() as own:
-        try: check_writable(Path(results)/'records')
+        try: _check_results(results)
         except ConfigError: results = own
         text, pictures = _as_text(run(**call, results=results)), Path(results)/'pictures'/f'{key}.webp'
         return text, pictures.read_bytes() if pictures.exists() else None
@@ -265,7 +270,7 @@ def _gather(outcome, results, key):
     "The record of a run elsewhere, on disk here too, and its pictures."
     if outcome.error: return outcome
     (text, pictures), path, sheet = outcome.value, Path(results)/'records'/f'{key}.json', Path(results)/'pictures'/f'{key}.webp'
-    for file, content in ((sheet, pictures), (path, text.encode())):
+    for file, content in ((path, text.encode()), (sheet, pictures)):
         if content and not (file.exists() and file.read_bytes() == content):
             with replacing(file) as temporary: temporary.write_bytes(content)
     return Outcome(outcome.task, outcome.seconds, read_record(path))
@@ -286,14 +291,13 @@ def estimates(
         found[record['method']].append(pace)
     return {method: float(np.median(paces)) for method, paces in found.items()}
 
-# %% ../nbs/20_experiments.ipynb #bccc7774
+# %% ../nbs/20_experiments.ipynb #1202ce7a
 class GridError(RuntimeError):
     "Some runs of a grid failed; the others are on record."
 
 def _elsewhere(calls, results, force, scheduler, patience, progress):
     "Outcomes of runs on workers. Those on record are not sent to one."
     pace, tasks, keys = estimates(results), [], {}
-    check_writable(Path(results)/'records')
     config = next(iter(calls.values()))['config']
     gpu = config.device.startswith('cuda') or config.device == 'auto' and as_scheduler(scheduler)[0] == 'processes' and torch.cuda.is_available()
     for title, call in calls.items():
@@ -329,6 +333,7 @@ def grid(
     if scheduler == 'local': pick_device(config.device)
     root, _ = resolve_data(data, names)
     for name in names: load_category(root, name, config)
+    _check_results(results)
     todo = [(m, c, s) for c in names for m in methods for s in seeds]
     calls = {f'[{number}/{len(todo)}] {m} {c} seed {s}': dict(config=config, data=data, category=c, method=m, seed=s) | kw for number, (m, c, s) in enumerate(todo, 1)}
     records, failures, shown = {}, {}, progress and sys.stderr.isatty()
@@ -339,7 +344,7 @@ def grid(
             title, record, e = outcome.task.title, outcome.value, outcome.error
             if e:
                 failures[title] = line = f'{title}: failed, {type(e).__name__}: {e}'
-                if progress: traceback.print_exception(e, file=sys.stderr)
+                if progress and not isinstance(e, (ConfigError, DataError)): traceback.print_exception(e, file=sys.stderr)
             else:
                 records[title] = record
                 line = f'{title}: AUROC {100 * record["metrics"]["auroc"]:.1f} %, ' + (f'{outcome.seconds:.0f} s' if outcome.seconds > 0.5 * record['seconds']['total'] else 'on record')
@@ -359,7 +364,7 @@ def read_parameters(
     for name in found.keys() - set(known): raise ConfigError(f'{name}={found[name]!r}: no parameter of this notebook; expected one of {", ".join(known)}')
     return found
 
-# %% ../nbs/20_experiments.ipynb #fb3a7a39
+# %% ../nbs/20_experiments.ipynb #04a7c16a
 def as_list(
     value, # A list, or text: JSON or separated by commas
     name: str, # How errors call it
@@ -379,6 +384,19 @@ def as_methods(
     names = ['mean_distance' if name == 'raw' else name for name in as_list(value, 'methods')]
     if names != ['all']: return names
     return {4: ['classifier', 'cse'], 5: [f'cse/{mode}' for mode in Config.__dataclass_fields__['decoder'].metadata['choices']]}.get(table) or [m for m in METHODS if '/' not in m and m != 'classifier']
+
+def suited(
+    names: list, # Methods
+    config: Config, # Settings of the run
+) -> list: # Those that can work with its extractor; of the others a line says why they cannot
+    "What 'all' means on an extractor that not every method can take."
+    def reason(name):
+        try: variant(name, config)
+        except UnsuitableError as e: return e
+    reasons = {name: reason(name) for name in names}
+    for name, why in reasons.items():
+        if why: print(f'{name}: not run, {why}')
+    return [name for name, why in reasons.items() if not why]
 
 def as_settings(
     value, # A dict, JSON text, or nothing
@@ -400,7 +418,7 @@ def as_seeds(
     if not found: raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, or a list of whole numbers')
     return found
 
-# %% ../nbs/20_experiments.ipynb #c43f0447
+# %% ../nbs/20_experiments.ipynb #33330395
 def default_categories(
     data: str | Path | None, # Folder of categories; None for the built-in surfaces
     table: int = 1, # Number of the table in the paper
@@ -432,6 +450,7 @@ def run_table(
     config = from_profile(profile, device=device, **given | as_settings(settings))
     names = as_list(categories, 'categories') or default_categories(data, table, config)
     chosen = as_methods(methods, table)
+    if as_list(methods, 'methods') == ['all']: chosen = suited(chosen, config)
     modes = [m for m in chosen if '/' in m and m not in METHODS]
     if modes and table != 5: raise ConfigError(f'methods={", ".join(modes)}: decoder modes are the columns of Table 5, not of Table {table}')
     if modes and 'decoder' in as_settings(settings): raise ConfigError(f'settings: decoder is what the columns {", ".join(modes)} differ in; expected it in one place')

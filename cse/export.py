@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FORMATS', 'TOLERANCE', 'Whole', 'ExportError', 'run_exported', 'export']
 
-# %% ../nbs/13_export.ipynb #49f81ebd
+# %% ../nbs/13_export.ipynb #afdbc455
 import copy, json, logging, tempfile, warnings
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from .config import ConfigError
-from .data import seeded
+from .data import check_file, seeded
 from .scoring import enlarge_maps
 
 # %% ../nbs/13_export.ipynb #c54fdbe2
@@ -30,7 +30,7 @@ class Whole(nn.Module):
         score, coarse = self.fused(image)
         return score, coarse if coarse.shape[-1] == self.side else enlarge_maps(coarse, self.side) # some methods enlarge their maps themselves
 
-# %% ../nbs/13_export.ipynb #a888a8fe
+# %% ../nbs/13_export.ipynb #c787663b
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml'}
 TOLERANCE = 1e-4 # largest relative difference of a score
 
@@ -42,21 +42,23 @@ def _about(detector):
     return dict(side=detector.config.crop, resize=detector.config.resize, resize_mode=detector.config.resize_mode,
                 calibration=detector.calibration.scores.tolist() if detector.calibration else None)
 
-def _write_onnx(network, example, about, path):
+def _onnx(network, example, about):
     import onnx
     batch = torch.export.Dim('batch', min=1)
     program = torch.onnx.export(network, (example,), input_names=['image'], output_names=['score', 'map'], dynamic_shapes=({0: batch},), dynamo=True, verbose=False)
     model = program.model_proto
     onnx.helper.set_model_props(model, {'cse': json.dumps(about)})
-    onnx.save(model, path)
+    return lambda path: onnx.save(model, path)
 
-def _write_openvino(network, example, about, path):
+def _openvino(network, example, about):
     import openvino as ov
     converted = ov.convert_model(network, example_input=example, input=[-1, *example.shape[1:]])
     converted.inputs[0].set_names({'image'})
     for output, name in zip(converted.outputs, ('score', 'map')): output.set_names({name})
     converted.set_rt_info(json.dumps(about), 'cse')
-    ov.save_model(converted, path, compress_to_fp16=False)
+    return lambda path: ov.save_model(converted, path, compress_to_fp16=False)
+
+def _first_line(error): return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 def run_exported(
     path: str | Path, # A file that `export` wrote
@@ -71,29 +73,32 @@ def run_exported(
     found = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(images)
     return tuple(np.array(found[name]) for name in ('score', 'map'))
 
-# %% ../nbs/13_export.ipynb #69762512
+# %% ../nbs/13_export.ipynb #f253d684
 def export(
     detector, # Fitted
     path: str | Path, # The file; for OpenVINO its weights lie beside it, in a .bin
     to: str = '', # 'onnx' or 'openvino'; empty: by the ending of the path, .onnx or .xml
 ) -> Path: # The file
-    "Write a detector as one network. Raises `ConfigError` for an unknown format or a package that is missing, `ExportError` if the written network scores differently."
+    "Write a detector as one network. Raises `ConfigError` for an unknown format, a missing package, a detector without maps or a file that cannot be written, `ExportError` if the written network scores differently."
     path = Path(path)
     to = to or next((name for name, ending in FORMATS.items() if path.suffix == ending), '')
     if FORMATS.get(to) != path.suffix: raise ConfigError(f'{path}: cannot be written as {to or "anything"}; expected a file ending in ' + ' or '.join(f'{e} ({n})' for n, e in FORMATS.items()))
     if missing := [p for p in ('onnx', 'onnxscript', 'onnxruntime') if to == 'onnx' and not find_spec(p)]:
         raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'cse[export]'")
+    if detector.config.anomaly_map == 'none': raise ConfigError(f"{path}: {detector!r} was fitted with anomaly_map='none'; expected a detector with maps")
+    check_file(path)
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
     expected = detector.score(example)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         made, level = Path(folder)/path.name, logging.root.manager.disable
         logging.disable(logging.WARNING)
-        try: {'onnx': _write_onnx, 'openvino': _write_openvino}[to](network, example, _about(detector), made)
-        except Exception as e: raise ExportError(f'{path}: {detector!r} cannot be converted ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from e
+        try: save = {'onnx': _onnx, 'openvino': _openvino}[to](network, example, _about(detector))
+        except Exception as e: raise ExportError(f'{path}: {detector!r} cannot be converted ({_first_line(e)})') from e
         finally: logging.disable(level)
+        try: save(made)
+        except Exception as e: raise ExportError(f'{path}: cannot be written ({_first_line(e)}); expected room for it on the disk') from e
         score, maps = run_exported(made, example)
         for name, found, wanted, limit in (('scores', score, expected.image, TOLERANCE), ('maps', maps, expected.map, 10 * TOLERANCE)):
             difference = float(np.abs(found - wanted).max() / np.abs(wanted).max())

@@ -6,9 +6,10 @@
 __all__ = ['AHEAD', 'pair_splits', 'pair_up', 'partners', 'pair_losses', 'collapse_statistics', 'TrainingError', 'make_embedder',
            'make_decoder', 'make_optimiser', 'Training', 'Progress', 'train_network', 'train']
 
-# %% ../nbs/07_training.ipynb #071f3ac5
-import copy, pickle
+# %% ../nbs/07_training.ipynb #450f4789
+import copy, logging, math, pickle
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -79,14 +80,16 @@ def pair_losses(
     reconstruction = None if decoder is None else decoder_loss(decoder(u), first)
     return total_loss(contrastive_cosine_loss(z, z2, defective, config.train_axis), reconstruction, config.contrastive_weight), z
 
-# %% ../nbs/07_training.ipynb #65411640
+# %% ../nbs/07_training.ipynb #f59b445f
 def collapse_statistics(
     z: torch.Tensor, # N×C×H×W embeddings
-) -> dict: # variance in [0, 1], between_images in [0, 1], dimensions in [1, C]
+) -> dict: # variance in [0, 1], between_images in [0, 1], dimensions in [1, C]; all NaN for an embedding whose squares are no finite numbers
     "How much an embedding still says."
     centred = z - z.mean((0, 2, 3), keepdim=True)
     spread, rows = centred.square().mean().clamp(min=1e-12), centred.transpose(0, 1).flatten(1)
-    shares = torch.linalg.eigvalsh((rows @ rows.T).double()).clamp(min=0)
+    products = (rows @ rows.T).double()
+    if not products.isfinite().all(): return dict.fromkeys(('variance', 'between_images', 'dimensions'), math.nan)
+    shares = torch.linalg.eigvalsh(products).clamp(min=0)
     shares = (shares / shares.sum().clamp(min=1e-12)).clamp(min=1e-24)
     return dict(variance=(spread / z.square().mean().clamp(min=1e-12)).item(),
                 between_images=(z.var(0, unbiased=False).mean() / spread).item(), dimensions=torch.exp(-(shares * shares.log()).sum()).item())
@@ -187,20 +190,25 @@ class _Validation:
             embeddings.append(z)
         return torch.cat(losses).mean().item(), collapse_statistics(torch.cat(embeddings))
 
-# %% ../nbs/07_training.ipynb #a3dc167c
+# %% ../nbs/07_training.ipynb #3dd21f39
 class Progress:
     "A training's state on disk, whole after every epoch."
     def __init__(self,
         path: str | Path, # The file
         key: str, # What the training depends on: settings, seed, images
     ):
-        self.path, self.key = Path(path), key
+        self.path, self.key, self.warned = Path(path), key, False
 
     def write(self,
         **state, # Tensors, state dicts, lists and numbers
     ):
-        "Replace the file, completely or not at all."
-        with replacing(self.path) as file: torch.save(dict(key=self.key, **state), file)
+        "Replace the file, completely or not at all. Where there is no room for it, a warning says so once, and the training goes on."
+        torch.save(dict(key=self.key, **state), content := BytesIO())
+        try:
+            with replacing(self.path) as file: file.write_bytes(content.getvalue())
+        except OSError as e:
+            if not self.warned: logging.getLogger(__name__).warning(f'{self.path}: cannot be written ({e.strerror}); the training goes on, but could not be taken up again from here')
+            self.warned = True
 
     def read(self) -> dict | None: # What was written last; None if nothing was
         "Raises `TrainingError` for a file that is damaged or belongs to another training. Loads tensors and plain values only."
@@ -212,7 +220,7 @@ class Progress:
             raise TrainingError(f'{self.path}: belongs to a training with other images, settings or another seed; expected the same ones, or another folder')
         return state
 
-# %% ../nbs/07_training.ipynb #0e9a9356
+# %% ../nbs/07_training.ipynb #5262b5ad
 def train_network(
     network: torch.nn.Module, # To be trained
     losses_of, # Function of the features of first and second images and of which are defective: one loss a pair, and N×C×H×W embeddings
@@ -252,8 +260,8 @@ def train_network(
                             done.append(losses.detach().sum())
                 loss = torch.stack(done).sum().item() / len(first)
                 with clock('validation'): validation_loss, statistics = validate(network, losses_of, epoch)
-                if not (loss < float('inf') and validation_loss < float('inf')):
-                    raise TrainingError(f'epoch {epoch}: loss {loss}, validation loss {validation_loss}; a smaller lr than {config.lr} may help')
+                if not loss + validation_loss + statistics['dimensions'] < math.inf:
+                    raise TrainingError(f'epoch {epoch}: loss {loss}, validation loss {validation_loss}, effective dimensions {statistics["dimensions"]}; a smaller lr than {config.lr} may help')
                 steps += done
                 history.append(dict(epoch=epoch, loss=loss, validation_loss=validation_loss) | statistics)
                 bar.update()

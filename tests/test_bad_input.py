@@ -1,6 +1,7 @@
 "Bad input is refused before any training, in words, and leaves no record."
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -10,8 +11,12 @@ import torch
 from PIL import Image
 
 from cse import CSE, Config
-from cse.data import load_category, read_image, texture_images
+from cse.config import ConfigError
+from cse.data import DataError, Images, load_category, read_image, read_masks, texture_images
+from cse.defects import DefectGenerator
 from cse.experiments import grid, load_records, run, run_table
+from cse.export import ExportError, export
+from cse.surfaces import builtin_textures
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,10 @@ def floats(root, part):
     (root / 'gravel' / part).unlink()
 
 
+def labels(root, part):
+    Image.open(root / 'gravel' / part).point(lambda v: v // 255).save(root / 'gravel' / part)
+
+
 TRAIN, TEST, MASK = 'train/good/00.png', 'test/bar/00.png', 'ground_truth/bar/00_mask.png'
 DAMAGE = {
     'no category folder': (lambda r: shutil.rmtree(r / 'gravel'), ['photographs', 'no category']),
@@ -52,6 +61,7 @@ DAMAGE = {
     'image beside the folders': (lambda r: shutil.copy(r / 'gravel' / TRAIN, r / 'gravel/test/x.png'), ['x.png', 'test/good or test/<defect>']),
     'missing mask': (lambda r: (r / 'gravel' / MASK).unlink(), ['no mask', '00.png', '00_mask.png']),
     'damaged mask': (lambda r: replace(r, MASK, b'no mask'), ['00_mask.png', 'not a readable image']),
+    'mask of labels': (lambda r: labels(r, MASK), ['bar/00_mask.png: marks nothing', '0.0039', 'white']),
     'truncated training image': (lambda r: replace(r, TRAIN, (r / 'gravel' / TRAIN).read_bytes()[:4000]), ['00.png', 'not a readable image']),
     'text as training image': (lambda r: replace(r, TRAIN, b'hello'), ['00.png', 'not a readable image']),
     'empty training image': (lambda r: replace(r, TRAIN, b''), ['00.png', 'not a readable image']),
@@ -70,6 +80,20 @@ def test_damaged_categories(own_surface, textures, tmp_path, tiny, damage, words
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert load_records(tmp_path / 'results') == []
     assert not list((tmp_path).rglob('*.tmp'))
+
+
+def test_the_first_folder_below_test_says_what_an_image_is(own_surface, tiny):
+    "Whatever lies deeper, and without what systems hide beside images."
+    test = own_surface / 'gravel/test'
+    for part in ('good/day2', 'bar/good', 'good/.thumbnails', 'good/@eaDir', '__MACOSX/bar'):
+        (test / part).mkdir(parents=True)
+        shutil.copy(own_surface / 'gravel' / TEST, test / part)
+    found = load_category(own_surface, 'gravel')
+    assert found.defects == ['good'] * 4 + ['bar'] * 4 and found.place(found.test[3]) == 'test/good/day2/00.png'
+    assert [p.name for p in found.masks[4:]] == ['00_mask.png', '01_mask.png', '02_mask.png', '00_mask.png']
+    (own_surface / 'gravel/ground_truth/bar/good').mkdir()
+    Image.new('L', (256, 256), 255).save(own_surface / 'gravel/ground_truth/bar/good/00.png')
+    assert read_masks(load_category(own_surface, 'gravel'), tiny)[-1].all()  # as deep as its image
 
 
 def test_image_smaller_than_the_crop(own_surface, textures, tmp_path, tiny):
@@ -118,6 +142,10 @@ TENSORS = {
     'a number': (3, 'int'),
     'text in a list': (['a.png', 'b.png', 'c.png', 'd.png'], 'a.png: no such file'),
     'missing folder': ('nowhere', 'nowhere: no such folder'),
+    'empty path': ('', "'': no such folder"),
+    'array with its channels first': (np.zeros((3, 256, 200), np.uint8), r'\(3, 256, 200\); is it C×H×W'),
+    'arrays with a side of 0': (np.zeros((6, 0, 256, 3), np.uint8), r'image 0: is an array of shape \(0, 256, 3\)'),
+    'tensors with a side of 0': (GOOD[..., :0], r'image 0: has shape \(3, 224, 0\)'),
 }
 
 
@@ -127,13 +155,27 @@ def test_fit_refuses(images, words, textures):
         CSE(Config.smoke(), textures=textures).fit(images, progress=False)
 
 
+def test_empty_paths_and_batches():
+    with pytest.raises(DataError, match="'': no such folder"):
+        load_category('', 'gravel')
+    with pytest.raises(ConfigError, match='batch_size=0'):
+        next(Images(GOOD, Config()).batches(0))
+    assert np.array_equal(DefectGenerator.from_config(Config(), '').textures, builtin_textures(224))  # '' is none
+
+
+def test_a_column_of_a_table_is_a_list(surface):
+    import pandas as pd
+    files = sorted((surface / 'gravel/train/good').iterdir())
+    assert Images(pd.Series(files, index=range(9, 15)), Config()).paths == list(map(str, files))
+
+
 def test_textures(tmp_path):
     with pytest.raises(ValueError, match='holds no images'):
         texture_images(tmp_path)
     (tmp_path / 'a.jpg').write_bytes(b'no picture')
     with pytest.raises(ValueError, match='a.jpg: not a readable image'):
         texture_images(tmp_path)
-    for wrong in (torch.zeros(0, 3, 224, 224), torch.zeros(5, 224, 224), tmp_path / 'absent'):
+    for wrong in (torch.zeros(0, 3, 224, 224), torch.zeros(5, 224, 224), tmp_path / 'absent', GOOD * 255, GOOD.numpy() * np.nan):
         with pytest.raises(ValueError, match='textures|no such folder'):
             CSE(Config.smoke(), textures=wrong).fit(GOOD, progress=False)
 
@@ -167,6 +209,26 @@ def test_tables(surface, textures, tmp_path, values, words):
         run_table(1, **arguments)
     assert words in str(refusal.value), refusal.value
     assert load_records(tmp_path) == []
+
+
+def test_export_refuses_before_any_work(tmp_path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder.onnx').mkdir()
+    for settings, path, words in ((dict(anomaly_map='none'), 'wood.xml', "wood.xml: .* anomaly_map='none'"), ({}, 'file/wood.xml', 'no file can be written'), ({}, 'folder.onnx', 'is a folder')):
+        with pytest.raises(ConfigError, match=words):
+            export(CSE(Config.smoke(**settings)), tmp_path / path)
+
+
+def test_export_to_a_full_disk_does_not_blame_the_detector(tmp_path, monkeypatch):
+    def full(path):
+        raise RuntimeError('iostream error')
+    monkeypatch.setattr('cse.export.Whole', lambda detector: torch.nn.Identity())
+    monkeypatch.setattr('cse.export._about', lambda detector: {})
+    monkeypatch.setattr('cse.export._openvino', lambda *args: full)
+    detector = SimpleNamespace(config=Config.smoke(), score=lambda images: None)
+    with pytest.raises(ExportError, match=r'wood.xml: cannot be written \(iostream error\)'):
+        export(detector, tmp_path / 'wood.xml')
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_category_stops_a_grid_before_its_first_run(surface, textures, tmp_path, tiny):

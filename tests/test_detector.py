@@ -1,5 +1,5 @@
 """The detector in other hands: inputs of all kinds, decisions, interrupted trainings, saved files, and the command line."""
-import hashlib, json, os, signal, subprocess, sys, time
+import copy, hashlib, json, os, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 import numpy as np, pytest, torch
@@ -107,6 +107,34 @@ def test_held_out_images_take_no_part_in_fitting(detector, good):
         with pytest.raises(ConfigError, match='held_out'): CSE(Config.smoke(**SMALL)).fit(good, progress=False, held_out=share)
 
 
+def test_a_folder_of_more_than_good_images_is_refused(detector, wood):
+    for folder in (wood, str(wood), wood.parent):
+        for learn in (CSE(Config.smoke(**SMALL)).fit, copy.copy(detector).calibrate):
+            with pytest.raises(DataError, match='expected .*train/good'): learn(folder)
+
+
+@pytest.mark.parametrize('given, words', [(dict(seed='a'), "seed='a'"), (dict(seed=None), 'seed=None'), (dict(seed=1.5), 'seed=1.5'), (dict(config='smoke'), "config='smoke'"), (dict(config=Config.smoke), 'expected a Config')])
+def test_constructor_refuses_what_it_cannot_use(detector, given, words):
+    copy = clone(detector)
+    for make in (CSE, copy.set_params):
+        with pytest.raises(ConfigError, match=words): make(**given)
+    assert copy.get_params() == detector.get_params()
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    seed = CSE(Config.smoke(), seed=np.int64(3)).seed
+    assert seed == 3 and type(seed) is int
+
+
+def test_a_refused_fit_leaves_the_detector_as_it_was(detector, good, tmp_path):
+    detector, before, scores = copy.copy(detector), repr(detector), detector.score(good[:2]).image
+    (tmp_path / 'broken.png').write_bytes(good[0].read_bytes()[:99])
+    for images, held_out, words in ((good, 3, 'held_out=3'), (good, '0.2', "held_out='0.2'"), (good[:3], 0, 'at least 4'), ([*good, tmp_path / 'broken.png'], 0, 'broken.png')):
+        with pytest.raises((ConfigError, DataError), match=words): detector.fit(images, progress=False, held_out=held_out)
+    assert repr(detector.set_params()) == before and np.array_equal(detector.score(good[:2]).image, scores)
+    with pytest.raises(DataError, match='2 defect-free images: expected at least 4.*held_out=0.2 keeps 2 of the 4 images'): detector.fit(good[:4], progress=False, held_out=0.2)
+
+
 def test_scikit_learn_habits(detector):
     copy = clone(detector)
     assert copy.config == detector.config and copy.get_params() == detector.get_params() and 'not fitted' in repr(copy) and 'calibrated on' in repr(detector)
@@ -138,7 +166,11 @@ def test_training_of_other_images_is_not_taken_up(good, tmp_path, monkeypatch):
     write = training.Progress.write
     monkeypatch.setattr(training.Progress, 'write', stop)
     first = CSE(Config.smoke(**SMALL)).fit(good, progress=False, folder=tmp_path)
-    assert first.interrupted and len(first.history) == 1 and CSE.load(tmp_path).score(good[:1]).image == first.score(good[:1]).image
+    again = CSE.load(tmp_path)
+    assert first.interrupted and len(first.history) == 1 and again.score(good[:1]).image == first.score(good[:1]).image
+    assert again.interrupted and repr(again) == repr(first) and 'epoch 1 of 1, interrupted' in repr(again)
+    for done in (cse('score', tmp_path, good[0]), cse('export', tmp_path, '-o', tmp_path / 'wood.txt')): assert f'note: {tmp_path}: its training was interrupted' in done.stderr
+    assert 'will replace' not in cse('fit', good[0].parent, '-o', tmp_path, '--held-out', 2).stderr
     monkeypatch.undo()
     for other in (lambda: CSE(Config.smoke(**SMALL)).fit(good[1:], progress=False, folder=tmp_path), lambda: CSE(Config.smoke(**SMALL), seed=1).fit(good, progress=False, folder=tmp_path)):
         with pytest.raises(RuntimeError, match='training.pt: belongs to a training'): other()
@@ -151,20 +183,41 @@ def test_saved_detectors_of_all_versions_load(detector, saved, good, tmp_path):
     assert repr(again) == repr(detector) and np.array_equal(again.predict(good, 0.25), detector.predict(good, 0.25))
     about = json.loads((saved / 'model.json').read_text())
     (tmp_path / 'model.safetensors').write_bytes((saved / 'model.safetensors').read_bytes())
+    about.pop('interrupted')
     second = about | dict(schema=2)
     for old in ({k: v for k, v in about.items() if k not in ('fitted_on', 'calibration', 'sha256')} | dict(schema=1), second | dict(sha256=_checksum(second))):
         (tmp_path / 'model.json').write_text(json.dumps(old))
-        assert np.array_equal(CSE.load(tmp_path).score(good).image, detector.score(good).image)
+        again = CSE.load(tmp_path)
+        assert np.array_equal(again.score(good).image, detector.score(good).image) and not again.interrupted
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(schema=4), 'a newer one wrote it'), (dict(schema=True), 'reads 1 to'), (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'), (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed')])
+    (dict(schema=4), 'a newer one wrote it'), (dict(schema=True), 'reads 1 to'), (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'), (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed'), (dict(schema=1), 'was changed')])
 def test_changed_model_is_refused(saved, tmp_path, change, words):
     for name in ('model.json', 'model.safetensors'): (tmp_path / name).write_bytes((saved / name).read_bytes())
     about = json.loads((saved / 'model.json').read_text())
     assert about['sha256'] == _checksum(about)
     (tmp_path / 'model.json').write_text(json.dumps(about | change))
     with pytest.raises(ModelError, match=words): CSE.load(tmp_path)
+
+
+@pytest.mark.parametrize('change, words', [(dict(config=[]), 'expected dict'), (dict(config=dict(epochs='many')), "epochs='many'"), (dict(seed='a'), "seed='a'"), (dict(channels=['a']), 'channels='), (dict(channels=7), 'channels=7'),
+    (dict(extractor={}), 'other weights'), (dict(history=3), 'history=3'), (dict(best_epoch=None), 'best_epoch=None')])
+def test_wrong_values_without_a_checksum_are_refused(saved, tmp_path, change, words):
+    about = json.loads((saved / 'model.json').read_text())
+    (tmp_path / 'model.safetensors').write_bytes((saved / 'model.safetensors').read_bytes())
+    (tmp_path / 'model.json').write_text(json.dumps({k: v for k, v in about.items() if k != 'sha256'} | dict(schema=1) | change))
+    with pytest.raises(ModelError, match=words): CSE.load(tmp_path)
+
+
+def test_what_is_no_saved_detector_is_refused(saved, tmp_path):
+    with pytest.raises(ModelError, match='Not a directory; expected a folder'): CSE.load(saved / 'model.json')
+    (tmp_path / 'model.json').write_text('[' * 10**5)
+    (tmp_path / 'model.safetensors').touch()
+    with pytest.raises(ModelError, match='is no JSON'): CSE.load(tmp_path)
+    (tmp_path / 'model.json').unlink()
+    (tmp_path / 'model.json').mkdir()
+    with pytest.raises(ModelError, match='Is a directory; expected a folder'): CSE.load(tmp_path)
 
 
 def test_any_changed_byte_of_a_saved_detector_is_refused(saved, tmp_path, record_property):
@@ -220,13 +273,69 @@ def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
     assert done.exit_code == 1 and images[0]['score'] is None and images[1]['score'] > 0 and '1 of 3 images could not be read' in done.stderr and len(list((tmp_path / 'maps').iterdir())) == 2
 
 
+def test_any_file_name_is_written(wood, saved, tmp_path):
+    image = os.fsencode(tmp_path) + b'/kn\xf6t.png'
+    with open(image, 'wb') as file: file.write(next((wood / 'test/good').iterdir()).read_bytes())
+    assert cse('score', saved, tmp_path, '--csv', tmp_path / 'out.csv', '-q').exit_code == 0 and image in (tmp_path / 'out.csv').read_bytes()
+    done = subprocess.run([sys.executable, '-c', 'from cse.cli import app; app()', 'score', saved, tmp_path, '-q'], capture_output=True)
+    assert done.returncode == 0 and image in done.stdout
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+@pytest.mark.parametrize('place', ['CSE.score', 'PIL.Image.Image.save', 'csv.DictWriter.writerows'])
+def test_scores_outlive_what_cannot_be_written(wood, saved, tmp_path, monkeypatch, error, place):
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr({'CSE.score': 'cse.detector.CSE.score'}.get(place, place), fail)
+    done = cse('score', saved, wood / 'test/knot', '--csv', tmp_path / 'out.csv', '--overlays', tmp_path / 'maps', '-q')
+    written = place == 'PIL.Image.Image.save'
+    assert (tmp_path / 'out.csv').exists() == written and done.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1 if place != 'CSE.score' else 2)
+    if isinstance(error, KeyboardInterrupt): assert ('the scores are written' if written else 'no scores were written') in done.stderr
+    elif written: assert 'maps/000.png.png: could not be written (No space left on device)' in done.stderr and ' more' in done.stderr
+    elif place != 'CSE.score': assert 'out.csv: could not be written (No space left on device)' in done.stderr and len(list((tmp_path / 'maps').iterdir())) == len(list((wood / 'test/knot').iterdir()))
+
+
+def test_images_and_detectors_are_not_written_over(wood, saved, tmp_path):
+    image, model = tmp_path / 'good/a.png', tmp_path / 'wood.cse'
+    shutil.copytree(saved, model)
+    image.parent.mkdir()
+    shutil.copy(next((wood / 'test/good').iterdir()), image)
+    for option, place, words in (('--csv', image, 'is one of the images'), ('--csv', model / 'model.json', 'lies in the detector'), ('--overlays', image.parent, 'another one')):
+        done = cse('score', model, image, option, place, '-q')
+        assert done.exit_code == 2 and words in done.stderr and not done.stdout
+    assert cse('score', model, image, '-q').exit_code == 0 and [*image.parent.iterdir()] == [image]
+    done = cse('fit', image.parent, '-o', model)
+    assert f'note: {model}: holds a detector, which this one will replace' in done.stderr and done.exit_code == 2
+
+
+def test_an_unreadable_test_image_does_not_cost_the_evaluation(wood, saved, tmp_path, monkeypatch):
+    shutil.copytree(wood, category := tmp_path / 'wood')
+    (broken := next((category / 'test/knot').iterdir())).write_bytes(b'')
+    done = cse('evaluate', saved, category, '--json', '-q')
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1 and found['unreadable'] == 1 and found['images'] == 59 and '1 of 60 images could not be read' in done.stderr and 0 <= found['aupro'] <= 1
+    (mask := category / f'ground_truth/knot/{broken.stem}_mask.png').write_bytes(b'')
+    monkeypatch.setattr(CSE, 'score', None) # masks are read before
+    done = cse('evaluate', saved, category)
+    assert done.exit_code == 2 and str(mask) in done.stderr
+
+
+def test_who_asks_for_decisions_hears_why_there_are_none(detector, good, tmp_path):
+    plain = copy.copy(detector)
+    plain.calibration = None
+    plain.save(tmp_path)
+    asked, silent = cse('score', tmp_path, good[0], '--alpha', 0.05, '-q'), cse('score', tmp_path, good[0], '-q')
+    assert 'not calibrated' in asked.stderr and not silent.stderr and asked.exit_code == silent.exit_code == 0
+
+
 @pytest.mark.parametrize('words, expected', [
-    (('fit', 'nowhere', '-o', 'x'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs'), 'NAME=VALUE'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs=-1'), 'epochs=-1'),
-    (('fit', '{wood}', '-o', 'x', '--profile', 'best'), 'best'), (('fit', '{wood}', '-o', 'x', '--textures', 'nowhere'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--weights', 'nothing.pth'), 'no such file'),
-    (('fit', '{wood}', '-o', 'x', '--held-out', '2'), 'held_out'), (('score', 'nowhere', '{wood}'), 'no such file'), (('score', '{saved}', 'nowhere'), 'no such folder'), (('score', '{saved}', '{wood}', '--device', 'abacus'), 'abacus'),
+    (('fit', 'nowhere', '-o', 'x'), 'no such folder'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs'), 'NAME=VALUE'), (('fit', '{wood}', '-o', 'x', '--set', 'epochs=-1'), 'epochs=-1'), (('fit', '{wood}', '-o', 'x', '--set', 'layers=(3, 4)', '--set', 'grey_textures=True', '--set', 'epochs=-1'), 'epochs=-1'),
+    (('fit', '{wood}', '-o', 'x', '--profile', 'best'), 'best'), (('fit', '{wood}/train/good', '-o', 'x', '--textures', 'nowhere'), 'no such folder'), (('fit', '{wood}/train/good', '-o', 'x', '--weights', 'nothing.pth'), 'no such file'),
+    (('fit', '{wood}/train/good', '-o', 'x', '--held-out', '2'), 'held_out'), (('score', 'nowhere', '{wood}'), 'no such file'), (('score', '{saved}', 'nowhere'), 'no such folder'), (('score', '{saved}', '{wood}', '--device', 'abacus'), 'abacus'),
     (('evaluate', '{saved}', '{wood}/train'), 'train'), (('export', '{saved}', '--to', 'tflite'), 'tflite'), (('export', '{saved}', '-o', 'x.txt'), 'x.txt'), (('score', '{saved}', '{wood}/test', '--overlays', '{wood}/test/maps'), 'another one'), (('score', '{saved}', '{wood}/test', '--alpha', '5'), 'between 0 and 1'),
     (('fit', '{wood}', '-o', 'x', '--set', 'profile=paper'), '--profile'), (('tables', '9'), '9'), (('tables', '1', '--methods', 'patchwork'), 'patchwork'),
-    (('tables', '1', '--seeds', 'many'), 'many'), (('show-config', 'best'), 'best')])
+    (('tables', '1', '--seeds', 'many'), 'many'), (('show-config', 'best'), 'best'), (('fit', '{wood}', '-o', 'x'), 'wood/train/good'), (('fit', '{wood}/..', '-o', 'x'), '/train/good'),
+    (('score', '{saved}', ''), 'is empty'), (('fit', '', '-o', 'x'), 'is empty'), (('evaluate', '{saved}', 'nowhere'), 'nowhere/train/good: no such folder'), (('score', '{saved}/model.json', '{wood}'), 'expected a folder'),
+    (('evaluate', '{saved}', '{wood}', '--alpha', '5'), 'between 0 and 1')])
 def test_mistakes_on_the_command_line_end_in_a_sentence(wood, saved, tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     done = cse(*(w.format(wood=wood, saved=saved) for w in words))

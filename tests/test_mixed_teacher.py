@@ -8,6 +8,7 @@ import torch
 
 from cse.config import Config, ConfigError
 from cse.data import Images, load_category
+from cse.experiments import suited
 from cse.features import WeightsError
 from cse.peers.mixed_teacher import PEERS, MixedTeacher, ReducedStudent, Students
 from cse.training import TrainingError
@@ -114,9 +115,16 @@ def test_what_cannot_be_had_is_refused(images):
     with pytest.raises(WeightsError, match='missing.safetensors'):
         MixedTeacher(Config.smoke(**SMALL), original='efficientnet_b0', shallow_weights='missing.safetensors').fit(images.train, progress=False)
     with pytest.raises(ConfigError, match=r'strides \[16, 16, 16\].*expects 4 and 8'):
-        MixedTeacher(Config.smoke(**SMALL | dict(extractor='vit_tiny_patch16_224', layers=(0,), resize=224, crop=224))).fit(images.train[:2], progress=False)
+        MixedTeacher(Config.smoke(**SMALL | dict(extractor='vit_tiny_patch16_224', layers=(0,), resize=224, crop=224)))
     with pytest.raises(TrainingError, match='epoch .*smaller lr'):
         MixedTeacher(Config.smoke(**SMALL | dict(epochs=20, lr=1e30))).fit(images.train, progress=False)
+
+
+def test_a_table_of_all_methods_says_which_cannot_take_the_extractor(capsys):
+    config = Config.smoke(extractor='vit_tiny_patch16_224', weights='random', layers=(0,))
+    assert suited(['cse', 'mixed_teacher', 'mean_distance'], config) == ['cse', 'mean_distance']
+    assert capsys.readouterr().out.startswith("mixed_teacher: not run, extractor='vit_tiny_patch16_224': has maps of strides")
+    assert suited(['mixed_teacher'], Config.smoke()) == ['mixed_teacher']
 
 
 def test_it_works_without_anomalib(monkeypatch, images):

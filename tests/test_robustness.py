@@ -1,11 +1,13 @@
 """Grids that are killed, run twice at once, or find no room: every record valid, none lost, the table that of an undisturbed grid."""
 import json, os, random, resource, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import pytest, torch
+from cse import CSE
 from cse.config import Config, ConfigError
 from cse.data import check_writable
-from cse.experiments import load_records, run
+from cse.experiments import grid, load_records, run
 from cse.report import comparison
+from cse.training import Progress, TrainingError
 
 KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 2))
 SEEDS = 12
@@ -91,10 +93,31 @@ def test_full_disk_leaves_no_half_record(surface, undisturbed, tmp_path):
     assert all(told(undisturbed)[key] == said for key, said in told(tmp_path).items()) and len(told(tmp_path)) == 2
 
 
-def test_folder_that_cannot_be_written_is_found_before_the_work(surface, tmp_path):
-    (tmp_path / 'records').write_text('a file')
+def test_pictures_that_cannot_be_written_cost_no_record(surface, undisturbed, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    process = start(surface, tmp_path, 2, preexec_fn=limit)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err.count('the record is kept without pictures') == 2, err
+    assert len(told(tmp_path)) == 2 and not list((tmp_path / 'pictures').iterdir())
+
+
+def test_a_full_disk_ends_no_training(caplog):
+    state = Progress('/dev/full', 'a key')
+    for _ in range(2): state.write(weights=torch.zeros(9))
+    assert [r.message for r in caplog.records] == ['/dev/full: cannot be written (No space left on device); the training goes on, but could not be taken up again from here']
+
+
+def test_a_training_that_leaves_the_numbers_names_the_learning_rate():
+    with pytest.raises(TrainingError, match='epoch 0: .* a smaller lr than 100.* may help'):
+        CSE(Config.smoke(lr=100., resize=64, crop=64, epochs=3)).fit(torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)), progress=False)
+
+
+@pytest.mark.parametrize('part', ['records', 'pictures'])
+def test_folder_that_cannot_be_written_is_found_before_the_work(surface, tmp_path, part):
+    (tmp_path / part).write_text('a file')
     started = time.perf_counter()
     with pytest.raises(ConfigError, match='no file can be written there'): run(Config.smoke(), surface, 'gravel', results=tmp_path)
+    with pytest.raises(ConfigError, match='no file can be written there'): grid(Config.smoke(), surface, ['gravel'], results=tmp_path, progress=False)
     assert time.perf_counter() - started < 10
     with pytest.raises(ConfigError, match='/proc'): check_writable('/proc/records')
     if os.geteuid():  # root writes anywhere

@@ -106,12 +106,13 @@ def test_parameters_files_are_known_to_the_notebooks():
         assert names <= known
 
 
-def test_a_failing_run_does_not_take_the_others_with_it(own_surface, textures, tmp_path, tiny):
+def test_a_failing_run_does_not_take_the_others_with_it(own_surface, textures, tmp_path, tiny, capsys):
     from conftest import write_category
     write_category(own_surface, 'brick')
     (own_surface / 'brick/test/bar/00.png').write_bytes(b'broken')
     with pytest.raises(GridError, match=r'1 of 2 runs failed(.|\n)*brick(.|\n)*00\.png'):
-        grid(tiny, own_surface, ['brick', 'gravel'], textures=textures, results=tmp_path, progress=False)
+        grid(tiny, own_surface, ['brick', 'gravel'], textures=textures, results=tmp_path)
+    assert 'failed, DataError' in (told := capsys.readouterr()).out and 'Traceback' not in told.err
     assert [r['category'] for r in load_records(tmp_path)] == ['gravel']
 
 

@@ -26,7 +26,7 @@ from ..features import FeatureCache, FeatureExtractor
 from ..training import TrainingError
 from ..detector import Detector
 
-# %% ../../nbs/12_peers.anomalib.ipynb #5bc8d867
+# %% ../../nbs/12_peers.anomalib.ipynb #6463ba00
 class FeatureDetector(Detector):
     "A detector that learns from the features of defect-free images alone. Subclasses have `_learn(cache, progress)`, which returns a network."
     def fit(self,
@@ -34,7 +34,7 @@ class FeatureDetector(Detector):
         progress: bool = True, # Show bars
     ): # Itself
         "Fit on defect-free images. Bad images or weights raise before training starts."
-        images, self.clock, self._fitted, self.calibration = Images(images, self.config), Stopwatch(), False, None
+        images, self.clock, self._fitted, self.calibration = self._defect_free(images), Stopwatch(), False, None
         with self.clock('load'): self.extractor = FeatureExtractor.from_config(self.config)
         cache = FeatureCache(images, self.extractor, self.config, self.clock, progress)
         with self.clock('learn'): self.network, self._head, self._whole, self._fitted = self._learn(cache, progress), None, None, True
