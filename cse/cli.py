@@ -6,9 +6,9 @@
 __all__ = ['app', 'Quiet', 'Json', 'Device', 'Alpha', 'Model', 'Set', 'Weights', 'fit', 'score', 'evaluate', 'export_', 'tables',
            'audit', 'show_config']
 
-# %% ../nbs/25_cli.ipynb #9ca08f14
+# %% ../nbs/25_cli.ipynb #45bd2c00
 import ast, csv, json, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -223,13 +223,14 @@ def evaluate(
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
         if missing: _stop(f'{missing} of {len(read)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #1971de6d
+# %% ../nbs/25_cli.ipynb #b2a2442a
 @app.command('export')
 def export_(
     model: Model,
     to: Annotated[str, typer.Option(help='onnx or openvino.')] = 'onnx',
     output: Annotated[Optional[Path], typer.Option('--output', '-o', help='The file; by default beside the model, under its name.')] = None,
     weights: Weights = '',
+    as_json: Json = False,
 ):
     """Write the whole detector as one network, from image to score and map.
 
@@ -240,7 +241,8 @@ def export_(
         from cse.export import FORMATS, export
         if to not in FORMATS: raise ConfigError(f'--to {to}: expected one of {", ".join(FORMATS)}')
         beside = model.resolve().parent/(model.resolve().name.removesuffix('.cse') + FORMATS[to])
-        typer.echo(export(_load(model, 'cpu', weights), output or beside, to))
+        written = export(_load(model, 'cpu', weights), output or beside, to)
+        typer.echo(json.dumps(dict(file=str(written), format=to)) if as_json else written)
 
 @app.command()
 def tables(
@@ -271,7 +273,9 @@ def tables(
         joined = from_profile(profile).density_layers # Table 3 times the method of the paper
         for number in numbers or [n for n in PUBLISHED if n != 3 or not joined]:
             given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device, scheduler=scheduler)
-            try: typer.echo(publish(run_speed(**given) if number == 3 else run_table(number, **given), number, results))
+            try:
+                with redirect_stdout(sys.stderr): records = run_speed(**given) if number == 3 else run_table(number, **given) # lines of progress
+                typer.echo(publish(records, number, results))
             except GridError as e:
                 typer.echo(f'error: table {number}: {e}', err=True)
                 failed.append(str(number))

@@ -265,6 +265,13 @@ def test_places_that_cannot_be_written_are_found_before_the_work(saved, wood, tm
     assert done.exit_code == 2 and words in done.stderr and str(place) in done.stderr and 'scoring' not in done.stderr
 
 
+def test_results_on_stdout_and_progress_on_stderr(saved, tmp_path):
+    done = cse('tables', 1, '--categories', 'wood', '--methods', 'mean_distance', '--results', tmp_path)
+    assert done.exit_code == 0 and done.stdout.startswith('**Table 1') and '[1/1] mean_distance wood' in done.stderr and '[1/1]' not in done.stdout
+    done = cse('export', saved, '--to', 'openvino', '-o', tmp_path / 'wood.xml', '--json')
+    assert json.loads(done.stdout) == dict(file=str(tmp_path / 'wood.xml'), format='openvino') and (tmp_path / 'wood.bin').is_file()
+
+
 def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
     (folder := tmp_path / 'images').mkdir()
     for i, path in enumerate(sorted((wood / 'test/good').iterdir())[:3]): (folder / f'{i}.png').write_bytes(path.read_bytes()[:None if i else 99])
