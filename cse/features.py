@@ -6,9 +6,10 @@
 __all__ = ['PACKAGED', 'CHUNK', 'TOLERANCE', 'WeightsError', 'load_model', 'EngineError', 'compile_openvino', 'checked_openvino',
            'pick_device', 'FeatureExtractor', 'FeatureCache']
 
-# %% ../nbs/04_features.ipynb #1f6010d0
+# %% ../nbs/04_features.ipynb #22cf5111
 import copy, hashlib, logging, tempfile, warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from importlib import import_module, util
 from pathlib import Path
 import numpy as np, timm, torch
@@ -93,12 +94,22 @@ def load_model(
     return model.eval().requires_grad_(False), dict(name=name, weights=weights if weights in ('timm', 'packaged', 'random') else 'file', tag=tag,
                                                     sha256=_sha256(path) if path else None)
 
-# %% ../nbs/04_features.ipynb #bc630db7
+# %% ../nbs/04_features.ipynb #7ed46af7
 class EngineError(RuntimeError):
     "An engine that is missing, cannot convert a network, or computes something else."
 
 CHUNK = 8 # images that OpenVINO computes together: larger batches are no faster on a CPU and take more memory
 TOLERANCE = 1e-4 # largest accepted difference to PyTorch, relative to the largest feature
+
+@contextmanager
+def _same_logging():
+    "OpenVINO silences the root logger when it fails to convert; this gives back its level and handlers."
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try: yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 def compile_openvino(
     model: nn.Module, # A network of tensors
@@ -116,7 +127,7 @@ def compile_openvino(
         try: network = core.read_model(path)
         except RuntimeError: logging.getLogger(__name__).warning('%s: is damaged and will be written again', path)
     if network is None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _same_logging():
             warnings.simplefilter('ignore')
             network = ov.convert_model(model, example_input=tuple(examples), input=[[-1, *e.shape[1:]] for e in examples])
         if key: # what is read back computes bit by bit as on every later run, the converted network almost

@@ -140,6 +140,14 @@ def test_compiling_for_the_torch_engine(surface, tiny, monkeypatch):
     assert isinstance(detector._head, torch._dynamo.OptimizedModule) and np.allclose(found.image, expected.image, rtol=1e-5)
 
 
+def test_a_failed_conversion_leaves_logging_alone():
+    class Odd(torch.nn.Module):
+        def forward(self, x): return torch.nn.functional.cosine_similarity(x, x.flip(1), dim=1)
+    before = logging.getLogger().level, list(logging.getLogger().handlers)
+    with pytest.raises(Exception, match='No conversion rule'): compile_openvino(Odd().eval(), [torch.rand(1, 3, 4, 4)])
+    assert (logging.getLogger().level, logging.getLogger().handlers) == before
+
+
 def test_only_what_is_fitted_is_compiled():
     with pytest.raises(RuntimeError, match='not fitted'): CSE(Config.smoke()).compile()
 
