@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'TOLERANCE', 'Whole', 'ExportError', 'run_exported', 'export']
 
-# %% ../nbs/13_export.ipynb #afdbc455
+# %% ../nbs/13_export.ipynb #36e729fa
 import copy, json, logging, tempfile, warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np, torch
 from torch import nn
 from .config import ConfigError
 from .data import check_file, seeded
+from .features import same_logging
 from .scoring import enlarge_maps
 
 # %% ../nbs/13_export.ipynb #c54fdbe2
@@ -73,7 +74,7 @@ def run_exported(
     found = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(images)
     return tuple(np.array(found[name]) for name in ('score', 'map'))
 
-# %% ../nbs/13_export.ipynb #f253d684
+# %% ../nbs/13_export.ipynb #b8a2e694
 def export(
     detector, # Fitted
     path: str | Path, # The file; for OpenVINO its weights lie beside it, in a .bin
@@ -90,7 +91,7 @@ def export(
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
     expected = detector.score(example)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings(), same_logging():
         warnings.simplefilter('ignore')
         made, level = Path(folder)/path.name, logging.root.manager.disable
         logging.disable(logging.WARNING)
