@@ -6,8 +6,8 @@
 __all__ = ['app', 'Quiet', 'Json', 'Device', 'Alpha', 'Model', 'Set', 'Weights', 'fit', 'score', 'evaluate', 'export_', 'tables',
            'audit', 'show_config']
 
-# %% ../nbs/25_cli.ipynb #45bd2c00
-import ast, csv, json, sys
+# %% ../nbs/25_cli.ipynb #2ae572be
+import ast, csv, json, re, sys
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
@@ -184,12 +184,12 @@ def score(
         if overlays: failed += _overlays(images, scores, overlays, top)
         if failed: _stop('; '.join(failed[:3]) + f'; {len(failed) - 3} more' * (len(failed) > 3), 1)
 
-# %% ../nbs/25_cli.ipynb #4f5e5af5
+# %% ../nbs/25_cli.ipynb #707d2038
 @app.command()
 def evaluate(
     context: typer.Context,
     model: Model,
-    category: Annotated[Path, typer.Argument(parser=_path, metavar='CATEGORY', help='Folder of a category in MVTec layout, with train/good, test/good and test/<defect>.')],
+    category: Annotated[Path, typer.Argument(parser=_path, metavar='CATEGORY', help='Folder of a category in MVTec layout, with train/good, test/good and test/<defect>; or a fabric of a TILDA release, such as tilda/tilda1.')],
     alpha: Alpha = 0.05,
     weights: Weights = '',
     device: Device = 'auto',
@@ -204,9 +204,12 @@ def evaluate(
         import numpy as np
         from cse.data import DataError, load_category, read_masks
         from cse.metrics import aupro, auroc, auroc_interval, pixel_auroc
-        for part in (category/'train'/'good', category/'test'/'good'):
-            if not part.is_dir(): raise DataError(f'{part}: no such folder; expected a category in MVTec layout')
-        detector, found = _load(model, device, weights), load_category(category.resolve().parent, category.resolve().name)
+        folder = category.resolve()
+        if category.is_dir() or not re.fullmatch('tilda[1-8]', folder.name): # a fabric of a TILDA release is no folder
+            for part in (category/'train'/'good', category/'test'/'good'):
+                if not part.is_dir(): raise DataError(f'{part}: no such folder; expected a category in MVTec layout, or a fabric of a TILDA release, such as tilda/tilda1')
+        detector = _load(model, device, weights)
+        found = load_category(folder.parent, folder.name, detector.config)
         decide, masks = _decides(detector, alpha, context), read_masks(found, detector.config) if found.masks and detector.config.anomaly_map != 'none' else None
         scores = detector.score(found.test, progress=not quiet)
         read = ~np.isnan(scores.image)
@@ -219,11 +222,13 @@ def evaluate(
             about |= dict(alpha=alpha, false_positive_rate=float(flagged[labels == 0].mean()), detection_rate=float(flagged[labels == 1].mean()))
         if masks is not None:
             masks, maps = masks[read], scores.map[read]
-            about |= dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)))
+            cells = '×'.join(map(str, scores.coarse.shape[1:]))
+            about |= dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)), map_cells=cells)
+            if not quiet: typer.echo(f'note: pixel_auroc and aupro are of maps with {cells} cells: they say whether the detector looks at the defect, not how exactly it draws it', err=True)
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
         if missing: _stop(f'{missing} of {len(read)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #b2a2442a
+# %% ../nbs/25_cli.ipynb #2a66a42e
 @app.command('export')
 def export_(
     model: Model,
@@ -257,6 +262,7 @@ def tables(
     results: Annotated[str, typer.Option(help='Folder for records and tables.')] = 'results',
     device: Device = 'auto',
     scheduler: Annotated[str, typer.Option(help='local, processes, processes:N, or the address or file of a Dask scheduler.')] = 'local',
+    as_json: Json = False,
 ):
     """Regenerate tables of the paper. Runs that are on record are read, not repeated.
 
@@ -265,9 +271,9 @@ def tables(
     with _errors('interrupted; what was finished is kept'):
         from cse.config import ConfigError, from_profile
         from cse.experiments import GridError, run_table
-        from cse.report import PUBLISHED, publish
+        from cse.report import PUBLISHED, caption, comparison, publish
         from cse.speed import run_speed
-        own, failed = {4: 'classifier,cse', 5: 'all'}, []
+        own, failed, found = {4: 'classifier,cse', 5: 'all'}, [], []
         for number in numbers or ():
             if number not in PUBLISHED: raise ConfigError(f'table {number}: expected one of {", ".join(map(str, PUBLISHED))}')
         joined = from_profile(profile).density_layers # Table 3 times the method of the paper
@@ -275,11 +281,14 @@ def tables(
             given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device, scheduler=scheduler)
             try:
                 with redirect_stdout(sys.stderr): records = run_speed(**given) if number == 3 else run_table(number, **given) # lines of progress
-                typer.echo(publish(records, number, results))
+                text = publish(records, number, results)
+                if not as_json: typer.echo(text)
+                found.append(dict(table=number, caption=caption(records, number), rows=json.loads(comparison(records, number).to_json(orient='records'))))
             except GridError as e:
                 typer.echo(f'error: table {number}: {e}', err=True)
-                failed.append(str(number))
-        if failed: _stop(f'failed: table {", ".join(failed)}; what was finished is on record', 1)
+                failed.append(number)
+        if as_json: typer.echo(json.dumps(dict(tables=found, failed=failed)))
+        if failed: _stop(f'failed: table {", ".join(map(str, failed))}; what was finished is on record', 1)
 
 @app.command()
 def audit(

@@ -384,7 +384,7 @@ def published_name(
     if MVTEC_COUNTS.get(category.name) == (train, good, bad): return 'MVTec AD'
     return 'TILDA' if re.fullmatch('tilda[1-8]', category.name) and (train + good, bad) == TILDA_COUNTS else None
 
-# %% ../nbs/01_data.ipynb #9a4fec83
+# %% ../nbs/01_data.ipynb #c7ad0c31
 def cache_folder() -> Path: # Made if it is missing
     "Where generated data, textures and compiled models are kept between runs: $CSE_CACHE, else ~/.cache/cse."
     folder = Path(os.environ.get('CSE_CACHE') or Path.home()/'.cache'/'cse')
@@ -412,6 +412,9 @@ def replacing(
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno and not e.filename: e.filename = str(path) # a full disk does not say which file it was
+        raise
     finally: temporary.unlink(missing_ok=True)
 
 def check_writable(

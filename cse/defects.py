@@ -276,7 +276,7 @@ def blurry(
     blurred = blur(torch.stack(images), 5 + 2 * (u[:, 1] * 6).long())
     return [take(image, at) for image, at in zip(blurred, places)]
 
-# %% ../nbs/03_defects.ipynb #5525834c
+# %% ../nbs/03_defects.ipynb #bb68c062
 KINDS = 'structural', 'textural', 'blurry'
 
 def _draw(generators): return torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
@@ -314,8 +314,8 @@ class DefectGenerator:
 
     def _paste(self, images, u, masks):
         "Images with the sources where masks are set, and the kinds."
-        images, kinds, at = images.clone(memory_format=torch.contiguous_format), (u[:, 0] * 3).long(), masks.bool().flatten().nonzero()[:, 0]
-        places = [p - i * masks[0].numel() for i, p in enumerate(at.split(masks.sum((1, 2, 3)).long().tolist()))]
+        images, kinds = images.clone(memory_format=torch.contiguous_format), (u[:, 0] * 3).long()
+        places = [torch.from_numpy(np.flatnonzero(mask)).to(images.device) for mask in masks.bool().cpu().numpy()] # numpy finds them several times faster
         for kind, source in enumerate((structural, textural, blurry)):
             if chosen := (kinds == kind).nonzero()[:, 0].tolist():
                 of = [images[i] for i in chosen] if source != textural else self._texture((u[chosen, 1] * len(self.textures)).long(), images)

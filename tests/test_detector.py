@@ -2,6 +2,7 @@
 import copy, hashlib, json, os, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load, save
@@ -11,11 +12,12 @@ from typer.testing import CliRunner
 from cse import CSE, Config
 from cse.cli import app
 from cse.config import ConfigError
-from cse.data import DataError, Images, is_device, read_image
+from cse.data import DataError, Images, is_device, load_category, read_image
 from cse.detector import ModelError, _checksum
 from cse.export import ExportError, export, run_exported
 from cse.scoring import CalibrationError
 from cse.surfaces import builtin_surfaces
+from test_tilda import write_release
 
 SMALL = dict(epochs=2, device='cpu', engine='torch')
 
@@ -241,7 +243,7 @@ def test_command_line(wood, saved, tmp_path):
     done = cse('score', saved, folder, '--alpha', 0.1, '--csv', tmp_path / 'out.csv', '--overlays', tmp_path / 'maps', '-q')
     assert done.exit_code == 0 and not done.stdout and len((tmp_path / 'out.csv').read_text().splitlines()) == 1 + len(found['images']) and sorted(p.name for p in (tmp_path / 'maps').iterdir()) == sorted(f'{p.name}.png' for p in folder.iterdir())
     about = json.loads(cse('evaluate', saved, wood, '--alpha', 0.1, '--json', '-q').stdout)
-    assert {'auroc', 'false_positive_rate', 'detection_rate', 'pixel_auroc', 'aupro'} < about.keys() and about['images'] == 60
+    assert {'auroc', 'false_positive_rate', 'detection_rate', 'pixel_auroc', 'aupro'} < about.keys() and about['images'] == 60 and about['map_cells'] == '7×7'
     assert json.loads(cse('show-config', 'paper', '--json').stdout) == Config.paper().to_dict()
     for few in (cse('score', saved, folder, '--alpha', 0.001, '-q'), cse('evaluate', saved, wood, '--alpha', 0.001, '-q')): assert 'no decisions' in few.stderr and few.exit_code == 0
 
@@ -268,6 +270,9 @@ def test_places_that_cannot_be_written_are_found_before_the_work(saved, wood, tm
 def test_results_on_stdout_and_progress_on_stderr(saved, tmp_path):
     done = cse('tables', 1, '--categories', 'wood', '--methods', 'mean_distance', '--results', tmp_path)
     assert done.exit_code == 0 and done.stdout.startswith('**Table 1') and '[1/1] mean_distance wood' in done.stderr and '[1/1]' not in done.stdout
+    table, = json.loads(cse('tables', 1, '--categories', 'wood', '--methods', 'mean_distance', '--results', tmp_path, '--json').stdout)['tables']
+    row, = (r for r in table['rows'] if r['category'] == 'wood' and r['ours'] is not None)
+    assert table['table'] == 1 and 'built-in' in table['caption'] and f"{row['ours']:.1f}" in done.stdout
     done = cse('export', saved, '--to', 'openvino', '-o', tmp_path / 'wood.xml', '--json')
     assert json.loads(done.stdout) == dict(file=str(tmp_path / 'wood.xml'), format='openvino') and (tmp_path / 'wood.bin').is_file()
 
@@ -299,6 +304,21 @@ def test_scores_outlive_what_cannot_be_written(wood, saved, tmp_path, monkeypatc
     if isinstance(error, KeyboardInterrupt): assert ('the scores are written' if written else 'no scores were written') in done.stderr
     elif written: assert 'maps/000.png.png: could not be written (No space left on device)' in done.stderr and ' more' in done.stderr
     elif place != 'CSE.score': assert 'out.csv: could not be written (No space left on device)' in done.stderr and len(list((tmp_path / 'maps').iterdir())) == len(list((wood / 'test/knot').iterdir()))
+
+
+def test_a_full_disk_names_the_file(detector, tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'model.safetensors'}'"): detector.save(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_fabric_of_a_tilda_release_is_evaluated(saved, tmp_path):
+    release = write_release(tmp_path / 'tilda')
+    about = json.loads(cse('evaluate', saved, release / 'tilda1', '--json', '-q').stdout)
+    assert about['images'] == len(load_category(release, 'tilda1').test) and 0 <= about['auroc'] <= 1 and 'aupro' not in about
+    done = cse('evaluate', saved, release / 'tilda2')
+    assert done.exit_code == 2 and "'tilda2': not in" in done.stderr
 
 
 def test_images_and_detectors_are_not_written_over(wood, saved, tmp_path):
