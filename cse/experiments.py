@@ -9,10 +9,10 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'RECORD_SCHEMA', 'make_meth
            'grid', 'read_parameters', 'as_list', 'as_methods', 'suited', 'as_settings', 'as_seeds',
            'default_categories', 'run_table']
 
-# %% ../nbs/20_experiments.ipynb #fba2cec5
+# %% ../nbs/20_experiments.ipynb #3045d3d0
 import functools, hashlib, inspect, json, logging, os, platform, resource, subprocess, sys, tempfile, time, traceback
 from collections import defaultdict
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -185,10 +185,16 @@ def _measure(category, scores, config):
         metrics |= dict(pixel_auroc=pixel_auroc(masks, maps), aupro=aupro(masks, maps))
     return {k: None if v is None else float(v) for k, v in metrics.items()}
 
-# %% ../nbs/20_experiments.ipynb #769aa5e0
+# %% ../nbs/20_experiments.ipynb #5023d274
 def _check_results(results):
     "Refuse a folder of results that takes no records or no pictures, before any work is done for it."
     for part in ('records', 'pictures'): check_writable(Path(results)/part)
+
+@contextmanager
+def _optional(sheet):
+    "Pictures that cannot be written cost a warning, not the record."
+    try: yield
+    except OSError as e: logging.getLogger(__name__).warning(f'{sheet}: cannot be written ({e.strerror}); the record is kept without pictures')
 
 def run(
     config: Config, # Every setting
@@ -220,8 +226,7 @@ def run(
     scored = time.perf_counter()
     if np.isnan(scores.image).any(): raise DataError(f'{found.test[int(np.isnan(scores.image).argmax())]}: could no longer be read')
     metrics, peak = _measure(found, scores, config), peak_memory()
-    try: worst_pictures(found, scores, config, sheet := Path(results)/'pictures'/f'{key}.webp')
-    except OSError as e: logging.getLogger(__name__).warning(f'{sheet}: cannot be written ({e.strerror}); the record is kept without pictures')
+    with _optional(sheet := Path(results)/'pictures'/f'{key}.webp'): worst_pictures(found, scores, config, sheet)
     origin = detector.extractor.origin
     if origin['weights'] == 'file': config = config.replace(weights=origin['tag']) # the name of the file and its hash, not where it lies here
     return write_record(path, dict(
@@ -253,7 +258,7 @@ def load_records(
     "All records of a folder."
     return [read_record(p) for p in sorted((Path(results)/'records').glob('*.json'))]
 
-# %% ../nbs/20_experiments.ipynb #95788cd7
+# %% ../nbs/20_experiments.ipynb #f8f3f160
 def _run_elsewhere(call, results, key):
     "A run on a worker. Returns its record, as text, and its pictures."
     call = call | {name: os.environ.get(f'CSE_{name.upper()}') or call[name] for name in ('data', 'textures') if call.get(name)}
@@ -270,9 +275,13 @@ def _gather(outcome, results, key):
     "The record of a run elsewhere, on disk here too, and its pictures."
     if outcome.error: return outcome
     (text, pictures), path, sheet = outcome.value, Path(results)/'records'/f'{key}.json', Path(results)/'pictures'/f'{key}.webp'
-    for file, content in ((path, text.encode()), (sheet, pictures)):
-        if content and not (file.exists() and file.read_bytes() == content):
+    def keep(file, content):
+        if not (file.exists() and file.read_bytes() == content):
             with replacing(file) as temporary: temporary.write_bytes(content)
+    try: keep(path, text.encode())
+    except OSError as e: return Outcome(outcome.task, outcome.seconds, error=e)
+    with _optional(sheet):
+        if pictures: keep(sheet, pictures)
     return Outcome(outcome.task, outcome.seconds, read_record(path))
 
 # %% ../nbs/20_experiments.ipynb #8cb448cc

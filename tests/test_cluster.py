@@ -20,7 +20,7 @@ from distributed.cli import dask_scheduler, dask_worker
 
 from cse.config import Config, ConfigError
 from cse.data import DataError
-from cse.experiments import GridError, _gather, _run_elsewhere, grid, identify, load_records
+from cse.experiments import RECORD_SCHEMA, GridError, _gather, _run_elsewhere, grid, identify, load_records
 from cse.report import publish
 from cse.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
 
@@ -113,6 +113,19 @@ def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
     assert _run_elsewhere(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
     (moved / 'gravel/train/good/00.png').unlink()
     with pytest.raises(DataError, match='expected the same images'): _run_elsewhere(call, str(tmp_path), key)
+
+
+@pytest.mark.parametrize('full, kept', [('pictures', True), ('records', False)])
+def test_a_disk_full_at_the_caller_costs_a_run_or_its_pictures(tmp_path, monkeypatch, caplog, full, kept):
+    "The rest of the grid goes on."
+    write = Path.write_bytes
+    def fail(path, content):
+        if path.parent.name == full: raise OSError(28, 'No space left on device')
+        return write(path, content)
+    monkeypatch.setattr(Path, 'write_bytes', fail)
+    outcome = _gather(Outcome(Task('a run'), 1., (json.dumps(dict(schema=RECORD_SCHEMA)), b'RIFF')), tmp_path, 'key')
+    assert (tmp_path / 'records/key.json').exists() == kept == (outcome.error is None) and not (tmp_path / 'pictures/key.webp').exists()
+    assert f'{full}/key.' in (caplog.text if kept else str(outcome.error))
 
 
 def test_failed_runs_are_gathered_and_finished_ones_are_not_sent_again(surface, tmp_path, method, capsys):
