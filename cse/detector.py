@@ -31,7 +31,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #59c74678
+# %% ../nbs/09_detector.ipynb #a806587d
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -125,10 +125,11 @@ class Detector:
 
     def calibrate(self,
         images, # Defect-free images that took no part in fitting, as for `fit`
+        progress: bool = False, # Show a bar
     ): # Itself
         "Learn from held-out good images how high a good image scores."
         self._ready()
-        self.calibration = Calibration(self.score(self._defect_free(images).check()).image)
+        self.calibration = Calibration(self.score(self._defect_free(images).check(), progress).image)
         return self
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps

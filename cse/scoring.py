@@ -282,7 +282,7 @@ def overlay(
     image = image.permute(1, 2, 0).numpy()
     return (255 * (image + 0.7 * share * (colormaps['inferno'](share[..., 0])[..., :3] - image))).round().astype(np.uint8)
 
-# %% ../nbs/08_scoring.ipynb #98a2cd4e
+# %% ../nbs/08_scoring.ipynb #dc8b079e
 class CalibrationError(ValueError):
     "A threshold that cannot be had from the calibration images."
 
@@ -329,9 +329,11 @@ class Calibration:
 
     def false_positive_range(self,
         alpha: float, # Share of good images that may be flagged, between 0 and 1
-        level: float = 0.95, # Probability that the range holds
+        tested: int = None, # Number of good images of which the share is taken; None for the long run
+        level: float = 0.95, # Probability that the range holds, at least
     ) -> tuple[float, float]: # Lowest and highest share
-        "Where the share of flagged good images lies in the long run: alpha bounds its mean over calibrations, one calibration varies around it by a beta distribution."
-        from scipy.stats import beta
-        count = self.allowed(alpha)
-        return tuple(beta.ppf([(1 - level) / 2, (1 + level) / 2], count + 1, len(self) - count).tolist())
+        "Where the share of flagged good images lies if they are like those of the calibration: alpha bounds its mean over calibrations, one calibration varies around it by a beta distribution, few images by a beta-binomial one."
+        from scipy.stats import beta, betabinom
+        count, ends = self.allowed(alpha), [(1 - level) / 2, (1 + level) / 2]
+        a, b = count + 1, len(self) - count
+        return tuple((beta.ppf(ends, a, b) if tested is None else betabinom.ppf(ends, tested, a, b) / tested).tolist())

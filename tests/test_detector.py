@@ -15,7 +15,7 @@ from cse.config import ConfigError
 from cse.data import DataError, Images, is_device, load_category, read_image
 from cse.detector import ModelError, _checksum
 from cse.export import ExportError, export, run_exported
-from cse.scoring import CalibrationError
+from cse.scoring import Calibration, CalibrationError
 from cse.surfaces import builtin_surfaces
 from test_tilda import write_release
 
@@ -248,6 +248,29 @@ def test_command_line(wood, saved, tmp_path):
     for few in (cse('score', saved, folder, '--alpha', 0.001, '-q'), cse('evaluate', saved, wood, '--alpha', 0.001, '-q')): assert 'no decisions' in few.stderr and few.exit_code == 0
 
 
+def test_calibration_anew(detector, wood, saved, tmp_path):
+    shutil.copytree(saved, model := tmp_path / 'wood.cse')
+    few, scores = sorted((wood / 'test/good').iterdir())[:9], json.loads(cse('score', saved, wood / 'test/good', '--json', '-q').stdout)['images']
+    (folder := tmp_path / 'few').mkdir()
+    for path in few: shutil.copy(path, folder)
+    about = json.loads(cse('calibrate', model, folder, '-o', tmp_path / 'other.cse', '--json', '-q').stdout)
+    assert about['calibration_images'] == 9 and about['smallest_alpha'] == 0.1 and (model / 'model.json').read_bytes() == (saved / 'model.json').read_bytes()
+    assert CSE.load(tmp_path / 'other.cse').calibration.scores.tolist() == sorted(i['score'] for i in scores[:9])
+    assert cse('calibrate', model, folder, '-q').exit_code == 0 and len(CSE.load(model).calibration) == 9 and (model / 'model.safetensors').read_bytes() == (saved / 'model.safetensors').read_bytes()
+    (folder / 'broken.png').write_bytes(b'')
+    before, done = (model / 'model.json').read_bytes(), cse('calibrate', model, folder, '-q')
+    assert done.exit_code == 2 and 'broken.png' in done.stderr and (model / 'model.json').read_bytes() == before
+
+
+def test_more_false_alarms_than_chance_explains_are_told(detector, wood, tmp_path):
+    odd = copy.copy(detector)
+    for scale in (1e-3, 1e3):
+        odd.calibration = Calibration(detector.calibration.scores * scale)
+        done = cse('evaluate', odd.save(tmp_path), wood, '--alpha', 0.2, '--json')
+        about = json.loads(done.stdout)
+        assert ('cse calibrate' in done.stderr) == (about['false_positive_rate'] > about['false_positive_high']) == (scale < 1) and about['false_positive_low'] < 0.2 < about['false_positive_high'] < 1
+
+
 def test_a_pipe_is_written_and_a_link_is_kept(wood, saved, tmp_path):
     image, pipe, link = next((wood / 'test/good').iterdir()), tmp_path / 'pipe', tmp_path / 'link.csv'
     os.mkfifo(pipe)
@@ -362,7 +385,8 @@ def test_who_asks_for_decisions_hears_why_there_are_none(detector, good, tmp_pat
     (('fit', '{wood}', '-o', 'x', '--set', 'profile=paper'), '--profile'), (('tables', '9'), '9'), (('tables', '1', '--methods', 'patchwork'), 'patchwork'),
     (('tables', '1', '--seeds', 'many'), 'many'), (('show-config', 'best'), 'best'), (('fit', '{wood}', '-o', 'x'), 'wood/train/good'), (('fit', '{wood}/..', '-o', 'x'), '/train/good'),
     (('score', '{saved}', ''), 'is empty'), (('fit', '', '-o', 'x'), 'is empty'), (('evaluate', '{saved}', 'nowhere'), 'nowhere/train/good: no such folder'), (('score', '{saved}/model.json', '{wood}'), 'expected a folder'),
-    (('evaluate', '{saved}', '{wood}', '--alpha', '5'), 'between 0 and 1')])
+    (('evaluate', '{saved}', '{wood}', '--alpha', '5'), 'between 0 and 1'), (('calibrate', '{saved}', '{wood}'), 'wood/train/good'), (('calibrate', '{saved}', 'nowhere'), 'no such folder'), (('calibrate', 'nowhere', '{wood}/test/good'), 'no such file'),
+    (('calibrate', '{saved}', '{wood}/test/good', '-o', '{saved}/model.json'), 'no file can be written there')])
 def test_mistakes_on_the_command_line_end_in_a_sentence(wood, saved, tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     done = cse(*(w.format(wood=wood, saved=saved) for w in words))
