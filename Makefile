@@ -89,6 +89,7 @@ prepare: $(READY)
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --RegexRemovePreprocessor.patterns='^\s*#\|\s*hide' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input --NbConvertApp.output_files_dir=nbs/images \
 	  --output-dir . --output README nbs/index.ipynb
+	sed -i -E 's#\]\(([0-9]|tutorials/|tables/)#](nbs/\1#g; s#\]\(\.\./#](#g' README.md
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache

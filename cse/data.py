@@ -116,7 +116,7 @@ def as_image(
     if low < 0 or high > 1: raise DataError(f'{name}: holds values from {low:.3g} to {high:.3g}; expected [0, 1]')
     return value.float().expand(3, -1, -1)
 
-# %% ../nbs/01_data.ipynb #04c8635b
+# %% ../nbs/01_data.ipynb #51b87fef
 class Images:
     "Prepared images from a folder, paths, images in memory or a `Dataset`: a sequence of 3×crop×crop tensors."
     def __init__(self,
@@ -127,6 +127,7 @@ class Images:
         if isinstance(source, (str, Path)): source = [source] if Path(source).is_file() else image_files(source)
         if isinstance(source, DataLoader): source = source.dataset
         if hasattr(source, 'to_list'): source = source.to_list() # a column of pandas, whose places are labels
+        if isinstance(source, np.ndarray) and source.dtype.kind in 'UO': source = source.tolist() # of names
         if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[0] in (1, 3) and source.shape[2] > 4:
             raise DataError(f'array: has shape {source.shape}; is it C×H×W? expected H×W×3 for an image, N×H×W×1 or N×H×W×3 for several')
         if isinstance(source, Image.Image) or isinstance(source, np.ndarray) and (source.ndim < 3 or source.ndim == 3 and source.shape[2] <= 4): source = [source]
@@ -332,18 +333,24 @@ def load_category(
     if name not in found: raise DataError(f'category {name!r}: not in {root}; expected one of {", ".join(found)}')
     return found[name]()
 
-# %% ../nbs/01_data.ipynb #ecc4a18b
+# %% ../nbs/01_data.ipynb #d85fa427
 def read_masks(
     category: Category, # A category with masks
     config: Config, # How its images are prepared
 ) -> np.ndarray: # N×crop×crop bool, one a test image
     "Masks of the test images after the preparation of the images; all false for good ones."
-    def read(path):
+    def size(path):
+        try:
+            with Image.open(path) as image: return image.size
+        except Exception: return None # is for whoever reads the image to say
+    def read(path, image):
         if path is None: return torch.zeros(config.crop, config.crop, dtype=torch.bool)
         mask = read_image(path)
+        if (there := size(image)) and sorted(there) != sorted(mask.shape[1:]): # the image may be stored lying on its side
+            raise DataError(f'{path}: is {mask.shape[2]}×{mask.shape[1]} pixels; expected {there[0]}×{there[1]} as {image}')
         if (most := mask[0].max()) <= 0.5: raise DataError(f'{path}: marks nothing, its largest value is {most:.2g}; expected 1, which is white, where the defect is')
         return resize_crop(mask, config, str(path))[0] > 0.5
-    return torch.stack([read(path) for path in category.masks]).numpy()
+    return torch.stack([read(*pair) for pair in zip(category.masks, category.test)]).numpy()
 
 # %% ../nbs/01_data.ipynb #7135bf36
 @functools.cache

@@ -22,6 +22,9 @@ from .model import Embedder
 from .training import Progress, pair_splits, train
 from .scoring import Calibration, CalibrationError, EmbeddingScores, Head, JointHead, MemoryBank, PatchGaussians, Scores
 
+# %% ../nbs/09_detector.ipynb #073cdf43
+def _hash(image): return hashlib.sha256(image.cpu().numpy()).hexdigest()[:16]
+
 # %% ../nbs/09_detector.ipynb #658b8ab8
 class Fused(nn.Module):
     "Extractor and head as one network."
@@ -31,7 +34,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #a806587d
+# %% ../nbs/09_detector.ipynb #a55d5383
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -83,7 +86,9 @@ class Detector:
     def _defect_free(self, images):
         "Images to learn from. A folder with a whole category in it holds defects and masks as well, and is refused."
         found, folder = self._images(images), Path(images) if isinstance(images, (str, Path)) else None
-        if good := folder and next(folder.rglob('train/good'), None): raise DataError(f'{folder}: holds more than defect-free images; expected {good}')
+        if folder and folder.is_dir():
+            beside = (folder/'good').is_dir() and sum(p.is_dir() for p in folder.iterdir()) > 1 # kinds of defects
+            if good := next(folder.rglob('train/good'), None) or beside and folder/'good': raise DataError(f'{folder}: holds more than defect-free images; expected {good}')
         return found
 
     def fit(self,
@@ -113,24 +118,42 @@ class Detector:
         cache = FeatureCache(fitted, self.extractor, config, clock, progress)
         self._fitted, self.calibration = False, None # until here an earlier fit stands
         self.fitted_on = dict(images=len(fitted), sha256=hashlib.sha256(cache.images.cpu().numpy()).hexdigest())
+        if cache.images.max() < 1 / 8: logging.getLogger(__name__).warning(f'images: nearly black, no value is above {cache.images.max():.2g} of 1; frames of 10 or 12 bits in files of 16 are to be stretched to the full range before')
         key = digest([type(self).__name__, fingerprint(config), self.seed, self.fitted_on, self.extractor.origin['sha256'],
                       hashlib.sha256(np.ascontiguousarray(defects.textures)).hexdigest()]) if folder else ''
         resume = Progress(Path(folder)/'training.pt', key) if folder else None
+        self.fitted_on['each'] = [_hash(image) for image in cache.images]
         result = self._learn(cache, defects, clock, progress, resume)
         self.history, self.best_epoch, self.interrupted, self._head, self._whole, self._fitted = result.history, result.best_epoch, result.interrupted, None, None, True
-        if kept: self.calibrate(kept)
+        if kept: self._calibrate(kept)
         if folder: self.save(folder)
-        for state in resume.path.parent.glob('training*.pt') if resume and not self.interrupted else (): state.unlink()
+        if resume and not self.interrupted:
+            for name in ('training', *(f'training-{i}' for i in range(1, config.embedders))): resume.path.with_stem(name).unlink(missing_ok=True)
         return self
 
     def calibrate(self,
         images, # Defect-free images that took no part in fitting, as for `fit`
         progress: bool = False, # Show a bar
     ): # Itself
-        "Learn from held-out good images how high a good image scores."
+        "Learn from held-out good images how high a good image scores. Raises `DataError` for images that took part in fitting."
+        images, before = self._defect_free(images), self.took_part(images)
+        if before.any():
+            first = int(before.argmax())
+            raise DataError(f'{before.sum()} of {len(before)} images took part in fitting, {images.paths[first] if images.paths else f"image {first}"} first; expected others')
+        return self._calibrate(images, progress)
+
+    def _calibrate(self, images, progress=False):
         self._ready()
-        self.calibration = Calibration(self.score(self._defect_free(images).check(), progress).image)
+        self.calibration = Calibration(self.score(images.check(), progress).image)
         return self
+
+    def took_part(self,
+        images, # Images of any kind
+    ) -> np.ndarray: # N values, true for an image that took part in fitting
+        "Which images were trained on, by what the network sees of them. False where that is not known: for an image that cannot be read, and for a detector saved by a version that did not keep it."
+        self._ready()
+        known = set(self.fitted_on.get('each', ()))
+        return np.array([_hash(image) in known for batch in self._images(images).batches(errors={}) for image in batch])
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps
         "The whole detector as one network, for compilers and export."

@@ -61,6 +61,7 @@ DAMAGE = {
     'image beside the folders': (lambda r: shutil.copy(r / 'gravel' / TRAIN, r / 'gravel/test/x.png'), ['x.png', 'test/good or test/<defect>']),
     'missing mask': (lambda r: (r / 'gravel' / MASK).unlink(), ['no mask', '00.png', '00_mask.png']),
     'damaged mask': (lambda r: replace(r, MASK, b'no mask'), ['00_mask.png', 'not a readable image']),
+    'mask of another size': (lambda r: Image.new('L', (128, 256), 255).save(r / 'gravel' / MASK), ['bar/00_mask.png: is 128×256 pixels', 'test/bar/00.png']),
     'mask of labels': (lambda r: labels(r, MASK), ['bar/00_mask.png: marks nothing', '0.0039', 'white']),
     'truncated training image': (lambda r: replace(r, TRAIN, (r / 'gravel' / TRAIN).read_bytes()[:4000]), ['00.png', 'not a readable image']),
     'text as training image': (lambda r: replace(r, TRAIN, b'hello'), ['00.png', 'not a readable image']),

@@ -262,6 +262,37 @@ def test_calibration_anew(detector, wood, saved, tmp_path):
     assert done.exit_code == 2 and 'broken.png' in done.stderr and (model / 'model.json').read_bytes() == before
 
 
+def test_images_that_took_part_in_fitting_are_known(detector, saved, wood, good, tmp_path):
+    known = detector.took_part([*good, *sorted((wood / 'test/knot').iterdir())[:2]])
+    assert known.sum() == detector.fitted_on['images'] < len(good) and not known[-2:].any() and (CSE.load(saved).took_part(good) == known[:len(good)]).all()
+    assert detector.took_part(np.array([str(g) for g in good])[~known[:len(good)]]).tolist() == [False] * int((~known[:len(good)]).sum())
+    with pytest.raises(DataError, match=f'{known.sum()} of {len(good)} images took part in fitting'): detector.calibrate(good)
+    shutil.copytree(wood, tmp_path / 'wood')
+    for path in good[:3]: shutil.copy(path, tmp_path / 'wood/test/good' / f'again-{path.name}')
+    done = cse('evaluate', saved, tmp_path / 'wood', '--json', '-q')
+    assert json.loads(done.stdout)['took_part_in_fitting'] == known[:3].sum() > 0 and 'the figures flatter' in done.stderr
+
+
+def test_a_tilda_fabric_is_fitted_and_evaluated_with_one_split(tmp_path):
+    release = write_release(tmp_path / 'tilda', count=10, size=(300, 260))
+    settings = [w for pair in ('epochs=1', 'resize=224', 'tilda_train_share=0.6', 'engine=torch') for w in ('--set', pair)]
+    about = json.loads(cse('fit', release / 'tilda1', '-o', tmp_path / 'model', '--held-out', 0, '--json', '-q', *settings).stdout)
+    found = json.loads(cse('evaluate', tmp_path / 'model', release / 'tilda1', '--json', '-q').stdout)
+    assert about['images'] == 6 and found['good'] == 4 and found['images'] == 74 and 'took_part_in_fitting' not in found
+
+
+def test_only_states_of_the_training_are_removed(good, tmp_path):
+    (mine := tmp_path / 'training_set.pt').write_text('not ours')
+    CSE(Config.smoke(**SMALL)).fit(good[:6], progress=False, folder=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['model.json', 'model.safetensors', 'training_set.pt'] and mine.read_text() == 'not ours'
+
+
+def test_nearly_black_images_are_told(good, caplog):
+    dark = [(np.asarray(Image.open(g).convert('L')).astype(np.uint16) * 16) for g in good[:6]] # 12 bits in 16
+    CSE(Config.smoke(**SMALL)).fit([Image.fromarray(d) for d in dark], progress=False)
+    assert 'nearly black, no value is above 0.0' in caplog.text
+
+
 def test_more_false_alarms_than_chance_explains_are_told(detector, wood, tmp_path):
     odd = copy.copy(detector)
     for scale in (1e-3, 1e3):
@@ -297,7 +328,7 @@ def test_results_on_stdout_and_progress_on_stderr(saved, tmp_path):
     row, = (r for r in table['rows'] if r['category'] == 'wood' and r['ours'] is not None)
     assert table['table'] == 1 and 'built-in' in table['caption'] and f"{row['ours']:.1f}" in done.stdout
     done = cse('export', saved, '--to', 'openvino', '-o', tmp_path / 'wood.xml', '--json')
-    assert json.loads(done.stdout) == dict(file=str(tmp_path / 'wood.xml'), format='openvino') and (tmp_path / 'wood.bin').is_file()
+    assert json.loads(done.stdout) == dict(file=str(tmp_path / 'wood.xml'), files=[str(tmp_path / 'wood.xml'), str(tmp_path / 'wood.bin')], format='openvino') and (tmp_path / 'wood.bin').is_file()
 
 
 def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
@@ -385,12 +416,12 @@ def test_who_asks_for_decisions_hears_why_there_are_none(detector, good, tmp_pat
     (('fit', '{wood}', '-o', 'x', '--set', 'profile=paper'), '--profile'), (('tables', '9'), '9'), (('tables', '1', '--methods', 'patchwork'), 'patchwork'),
     (('tables', '1', '--seeds', 'many'), 'many'), (('show-config', 'best'), 'best'), (('fit', '{wood}', '-o', 'x'), 'wood/train/good'), (('fit', '{wood}/..', '-o', 'x'), '/train/good'),
     (('score', '{saved}', ''), 'is empty'), (('fit', '', '-o', 'x'), 'is empty'), (('evaluate', '{saved}', 'nowhere'), 'nowhere/train/good: no such folder'), (('score', '{saved}/model.json', '{wood}'), 'expected a folder'),
-    (('evaluate', '{saved}', '{wood}', '--alpha', '5'), 'between 0 and 1'), (('calibrate', '{saved}', '{wood}'), 'wood/train/good'), (('calibrate', '{saved}', 'nowhere'), 'no such folder'), (('calibrate', 'nowhere', '{wood}/test/good'), 'no such file'),
+    (('evaluate', '{saved}', '{wood}', '--alpha', '5'), 'between 0 and 1'), (('calibrate', '{saved}', '{wood}'), 'wood/train/good'), (('calibrate', '{saved}', '{wood}/test'), '{wood}/test/good'), (('calibrate', '{saved}', '{wood}/train/good'), 'took part in fitting'), (('fit', '{wood}/test', '-o', 'x'), '{wood}/test/good'), (('calibrate', '{saved}', 'nowhere'), 'no such folder'), (('calibrate', 'nowhere', '{wood}/test/good'), 'no such file'),
     (('calibrate', '{saved}', '{wood}/test/good', '-o', '{saved}/model.json'), 'no file can be written there')])
 def test_mistakes_on_the_command_line_end_in_a_sentence(wood, saved, tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     done = cse(*(w.format(wood=wood, saved=saved) for w in words))
-    assert done.exit_code == 2 and expected in done.stderr and 'Traceback' not in done.stderr and not (tmp_path / 'x').exists()
+    assert done.exit_code == 2 and expected.format(wood=wood) in done.stderr and 'Traceback' not in done.stderr and not (tmp_path / 'x').exists()
 
 
 def test_help_does_not_load_pytorch():
