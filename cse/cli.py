@@ -86,14 +86,18 @@ def _load(model, device, weights=''):
     if detector.interrupted: typer.echo(f'note: {model}: its training was interrupted before it was over', err=True)
     return detector
 
-# %% ../nbs/25_cli.ipynb #fed936c3
+# %% ../nbs/25_cli.ipynb #a0d5d180
+def _replaces(folder):
+    "Say that there is a detector already."
+    if folder and (folder/'model.json').exists() and not (folder/'training.pt').exists(): typer.echo(f'note: {folder}: holds a detector, which this one will replace', err=True)
+
 def _tell(detector, folder, as_json):
     "What a detector is, and where it was saved."
-    about = dict(model=str(folder), images=detector.fitted_on['images'], epochs=len(detector.history), best_epoch=detector.best_epoch, interrupted=detector.interrupted,
+    about = dict(model=str(folder), images=detector.fitted_on.get('images'), epochs=len(detector.history), best_epoch=detector.best_epoch, interrupted=detector.interrupted,
                  calibration_images=len(detector.calibration or ()), smallest_alpha=1 / (len(detector.calibration) + 1) if detector.calibration else None)
     typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
 
-# %% ../nbs/25_cli.ipynb #665cc942
+# %% ../nbs/25_cli.ipynb #2aa8daba
 @app.command()
 def fit(
     folder: Annotated[Path, typer.Argument(parser=_path, metavar='FOLDER', help='Folder of good images, searched with everything below it; or a fabric of a TILDA release, such as tilda/tilda1, of which the training images are taken.')],
@@ -117,13 +121,13 @@ def fit(
         from cse.config import from_profile
         from cse.detector import CSE
         config = from_profile(profile, **_settings(set, extractor=extractor, weights=weights, device=device))
-        if (output/'model.json').exists() and not (output/'training.pt').exists(): typer.echo(f'note: {output}: holds a detector, which this one will replace', err=True)
+        _replaces(output)
         images = fabric(config).train if (fabric := _fabric(folder)) else folder
         detector = CSE(config, textures, seed).fit(images, progress=not quiet, held_out=held_out, folder=output)
         _tell(detector, output, as_json)
         if detector.interrupted: _stop(f'interrupted after {len(detector.history)} of {config.epochs} epochs; the detector has the best weights so far, and the same command goes on', 130)
 
-# %% ../nbs/25_cli.ipynb #a5cd2b25
+# %% ../nbs/25_cli.ipynb #c2302831
 @app.command()
 def calibrate(
     model: Model,
@@ -134,15 +138,18 @@ def calibrate(
     quiet: Quiet = False,
     as_json: Json = False,
 ):
-    """Set the threshold anew, with good images that took no part in fitting.
+    """Set the threshold anew, with good images that took no part in fitting. A file exported before keeps the old one: export again.
 
     Example: cse calibrate wood.cse monday/good
     """
     with _errors('interrupted; the detector is as it was'):
         from cse.data import check_writable
-        detector = _load(model, device, weights)
+        detector, stored = _load(model, device, weights), json.loads((model/'model.json').read_text())['config']
         check_writable(output or model)
-        detector.calibrate(folder, progress=not quiet).save(output or model)
+        _replaces(output)
+        detector.calibrate(folder, progress=not quiet)
+        detector.config = detector.config.replace(**{name: stored[name] for name in ('device', 'weights')}) # those of this call are not kept
+        detector.save(output or model)
         _tell(detector, output or model, as_json)
 
 # %% ../nbs/25_cli.ipynb #dff82f27
@@ -219,7 +226,7 @@ def score(
         if overlays: failed += _overlays(images, scores, overlays, top)
         if failed: _stop('; '.join(failed[:3]) + f'; {len(failed) - 3} more' * (len(failed) > 3), 1)
 
-# %% ../nbs/25_cli.ipynb #9f0c08c8
+# %% ../nbs/25_cli.ipynb #de17790c
 @app.command()
 def evaluate(
     context: typer.Context,
@@ -251,8 +258,8 @@ def evaluate(
         about = dict(images=len(values), good=int((labels == 0).sum()), auroc=auroc(labels, values), auroc_low=low, auroc_high=high)
         if missing: about |= dict(unreadable=missing)
         if before:
-            about |= dict(took_part_in_fitting=before)
-            typer.echo(f'note: {before} of the test images took part in fitting: the figures flatter', err=True)
+            about |= dict(took_part=before)
+            typer.echo(f'note: {before} of the test images took part in fitting or calibration: the figures flatter', err=True)
         if decide:
             flagged = detector.calibration.flags(values, alpha)
             rate, (least, most) = float(flagged[labels == 0].mean()), detector.calibration.false_positive_range(alpha, about['good'])
@@ -267,7 +274,7 @@ def evaluate(
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
         if missing: _stop(f'{missing} of {len(read)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #4f06ba78
+# %% ../nbs/25_cli.ipynb #0816d689
 @app.command('export')
 def export_(
     model: Model,
@@ -317,17 +324,22 @@ def tables(
         for number in numbers or ():
             if number not in PUBLISHED: raise ConfigError(f'table {number}: expected one of {", ".join(map(str, PUBLISHED))}')
         joined = from_profile(profile).density_layers # Table 3 times the method of the paper
-        for number in numbers or [n for n in PUBLISHED if n != 3 or not joined]:
-            given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=methods or own.get(number, '' if number == 3 else 'cse'), categories=categories, seeds=seeds, results=results, device=device, scheduler=scheduler)
-            try:
-                with redirect_stdout(sys.stderr): records = run_speed(**given) if number == 3 else run_table(number, **given) # lines of progress
-                text = publish(records, number, results)
-                if not as_json: typer.echo(text)
-                found.append(dict(table=number, caption=caption(records, number), rows=json.loads(comparison(records, number).to_json(orient='records'))))
-            except GridError as e:
-                typer.echo(f'error: table {number}: {e}', err=True)
-                failed.append(number)
-        if as_json: typer.echo(json.dumps(dict(tables=found, failed=failed)))
+        wanted = numbers or [n for n in PUBLISHED if n != 3 or not joined]
+        unless = lambda own, number, value: '' if number == own and len(wanted) > 1 else value # among several tables, Table 2 keeps its own categories, and Table 3 its own methods
+        try:
+            for number in wanted:
+                given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=unless(3, number, methods) or own.get(number, '' if number == 3 else 'cse'),
+                             categories=unless(2, number, categories), seeds=seeds, results=results, device=device, scheduler=scheduler)
+                try:
+                    with redirect_stdout(sys.stderr): records = run_speed(**given) if number == 3 else run_table(number, **given) # lines of progress
+                    text = publish(records, number, results)
+                    if not as_json: typer.echo(text)
+                    found.append(dict(table=number, caption=caption(records, number), rows=json.loads(comparison(records, number).to_json(orient='records'))))
+                except GridError as e:
+                    typer.echo(f'error: table {number}: {e}', err=True)
+                    failed.append(number)
+        finally:
+            if as_json: typer.echo(json.dumps(dict(tables=found, failed=failed)))
         if failed: _stop(f'failed: table {", ".join(map(str, failed))}; what was finished is on record', 1)
 
 @app.command()

@@ -75,16 +75,23 @@ def resize_crop(
     top, left = (h - config.crop) // 2, (w - config.crop) // 2
     return image[:, top:top + config.crop, left:left + config.crop].contiguous()
 
-# %% ../nbs/01_data.ipynb #b5ff264c
+# %% ../nbs/01_data.ipynb #62b9943b
 def _folder(path, expected):
     "A folder that is there. The empty path is none, though pathlib takes it for the current folder."
     if path == '' or not Path(path).is_dir(): raise DataError(f'{path or repr(path)}: no such folder; expected {expected}')
     return Path(path)
 
+def _hidden(name):
+    "Is it hidden, or what macOS and Synology put beside images?"
+    return name.startswith('.') or name in ('__MACOSX', '@eaDir')
+
 def _below(folder):
-    "Everything below a folder, sorted, without what is hidden or what macOS and Synology put beside images."
-    hidden = lambda part: part.startswith('.') or part in ('__MACOSX', '@eaDir')
-    return sorted(p for p in folder.rglob('*') if not any(map(hidden, p.relative_to(folder).parts)))
+    "All files below a folder, sorted, those of linked folders too, without what is hidden."
+    found, seen = [], {os.path.realpath(folder)} # links may lead in a circle
+    for top, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in sorted(folders) if not _hidden(f) and (real := os.path.realpath(os.path.join(top, f))) not in seen and not seen.add(real)]
+        found += [Path(top)/f for f in files if not _hidden(f)]
+    return sorted(found)
 
 def image_files(
     folder: str | Path, # A folder, searched with everything below it that is not hidden

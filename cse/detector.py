@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Fused', 'Detector', 'CSE', 'ModelError']
 
-# %% ../nbs/09_detector.ipynb #e528b3eb
+# %% ../nbs/09_detector.ipynb #626a955b
 import hashlib, json, logging, numbers, operator
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint
-from .data import DataError, Images, Stopwatch, check_writable, replacing, seed_for, seeded, split
+from .data import DataError, Images, Stopwatch, _hidden, check_writable, replacing, seed_for, seeded, split
 from .defects import DefectGenerator
 from .features import FeatureCache, FeatureExtractor, checked_openvino
 from .model import Embedder
@@ -34,7 +34,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #a55d5383
+# %% ../nbs/09_detector.ipynb #2025b6cc
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -87,7 +87,7 @@ class Detector:
         "Images to learn from. A folder with a whole category in it holds defects and masks as well, and is refused."
         found, folder = self._images(images), Path(images) if isinstance(images, (str, Path)) else None
         if folder and folder.is_dir():
-            beside = (folder/'good').is_dir() and sum(p.is_dir() for p in folder.iterdir()) > 1 # kinds of defects
+            beside = (folder/'good').is_dir() and any(p.is_dir() and p.name != 'good' and not _hidden(p.name) for p in folder.iterdir()) # kinds of defects
             if good := next(folder.rglob('train/good'), None) or beside and folder/'good': raise DataError(f'{folder}: holds more than defect-free images; expected {good}')
         return found
 
@@ -125,7 +125,7 @@ class Detector:
         self.fitted_on['each'] = [_hash(image) for image in cache.images]
         result = self._learn(cache, defects, clock, progress, resume)
         self.history, self.best_epoch, self.interrupted, self._head, self._whole, self._fitted = result.history, result.best_epoch, result.interrupted, None, None, True
-        if kept: self._calibrate(kept)
+        if kept: self._calibrate(kept, self._hashes(kept))
         if folder: self.save(folder)
         if resume and not self.interrupted:
             for name in ('training', *(f'training-{i}' for i in range(1, config.embedders))): resume.path.with_stem(name).unlink(missing_ok=True)
@@ -136,24 +136,27 @@ class Detector:
         progress: bool = False, # Show a bar
     ): # Itself
         "Learn from held-out good images how high a good image scores. Raises `DataError` for images that took part in fitting."
-        images, before = self._defect_free(images), self.took_part(images)
-        if before.any():
-            first = int(before.argmax())
-            raise DataError(f'{before.sum()} of {len(before)} images took part in fitting, {images.paths[first] if images.paths else f"image {first}"} first; expected others')
-        return self._calibrate(images, progress)
-
-    def _calibrate(self, images, progress=False):
         self._ready()
-        self.calibration = Calibration(self.score(images.check(), progress).image)
+        images, known = self._defect_free(images), set(self.fitted_on.get('each', ()))
+        hashes = self._hashes(images)
+        if before := [i for i, h in enumerate(hashes) if h in known]:
+            raise DataError(f'{len(before)} of {len(hashes)} images took part in fitting, {images.paths[before[0]] if images.paths else f"image {before[0]}"} first; expected others')
+        return self._calibrate(images, hashes, progress)
+
+    def _hashes(self, images, errors=None): return [_hash(image) for batch in images.batches(errors=errors) for image in batch]
+
+    def _calibrate(self, images, hashes, progress=False):
+        self.calibration = Calibration(self.score(images, progress).image)
+        self.fitted_on['calibration'] = hashes
         return self
 
     def took_part(self,
         images, # Images of any kind
-    ) -> np.ndarray: # N values, true for an image that took part in fitting
-        "Which images were trained on, by what the network sees of them. False where that is not known: for an image that cannot be read, and for a detector saved by a version that did not keep it."
+    ) -> np.ndarray: # N values, true for an image that took part in fitting or calibration
+        "Which images the detector knows, by what the network sees of them. False where that is not known: for an image that cannot be read, and for a detector saved by a version that did not keep it."
         self._ready()
-        known = set(self.fitted_on.get('each', ()))
-        return np.array([_hash(image) in known for batch in self._images(images).batches(errors={}) for image in batch])
+        images, known = self._images(images), {*self.fitted_on.get('each', ()), *self.fitted_on.get('calibration', ())}
+        return np.isin(self._hashes(images, {}), list(known)) if known else np.zeros(len(images), bool)
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps
         "The whole detector as one network, for compilers and export."
@@ -164,7 +167,8 @@ class Detector:
         "Compile what is not compiled yet: takes some seconds once, and saves a millisecond an image or more where single images are scored. What OpenVINO cannot convert, or computes otherwise, stays in PyTorch, with a warning; if engine='openvino' it is an `EngineError`."
         self._ready()
         image = torch.rand(1, 3, self.config.crop, self.config.crop, generator=seeded(0, 'compile'))
-        features, name = self.extractor.compile()(image), f'the scores of {type(self).__name__}'
+        engine, features, name = self.extractor.engine, self.extractor.compile()(image), f'the scores of {type(self).__name__}'
+        if self.extractor.engine != engine: features = self.extractor.compile()(image) # OpenVINO has just given it up
         if self.extractor.engine == 'torch': self._head = torch.compile(self.head())
         elif self.extractor.precision == 'float32': self._whole, _ = checked_openvino(self.fuse(), [image], name, self.extractor.exact) # one network is called once
         else: self._head, _ = checked_openvino(self.head(), features, name, self.extractor.exact) # distances stay exact
@@ -218,8 +222,9 @@ class Detector:
     ) -> np.ndarray: # N integers: 0 good, 1 defective
         "Decide, with at most the share `alpha` of false alarms in the mean over calibrations. Raises `CalibrationError` for a share that the calibration cannot promise, and `DataError` for an image that cannot be read."
         self._calibrated().allowed(alpha)
-        scores = self.score(images).image
-        if np.isnan(scores).any(): raise DataError(f'image {int(np.isnan(scores).argmax())}: cannot be read; expected images that can be decided on')
+        found = self.score(images)
+        scores, lost = found.image, np.flatnonzero(np.isnan(found.image))
+        if len(lost): raise DataError(f'{found.paths[lost[0]] if found.paths else f"image {lost[0]}"}: cannot be read; expected images that can be decided on')
         return self.calibration.flags(scores, alpha).astype(int)
 
     def anomaly_map(self,

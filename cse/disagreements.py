@@ -93,7 +93,7 @@ def run_disagreements(
     if failures: raise GridError('\n'.join(failures))
     return pairs_frame({name: [done[fingerprint(c)] for c in pair] for name, pair in wanted.items()})
 
-# %% ../nbs/22_disagreements.ipynb #348fcf1a
+# %% ../nbs/22_disagreements.ipynb #b7b4034b
 def _interval(differences):
     "Mean, and half the width of its interval of 95 %."
     from scipy.stats import t
@@ -106,8 +106,9 @@ def disagreements_frame(
     "Differences of pairs, in points of AUROC."
     found = found.assign(difference=100 * (found.code - found.text))
     def line(pairs):
-        mean, half = _interval(pairs.difference)
-        return dict(pairs.groupby('category', sort=False).difference.mean()) | dict(mean=mean, interval=half, size=pairs.difference.abs().mean())
+        surfaces = pairs.groupby('category', sort=False).difference.mean()
+        mean, half = _interval(surfaces if len(surfaces) > 1 else pairs.difference)
+        return dict(surfaces) | dict(mean=mean, interval=half, size=pairs.difference.abs().mean())
     lines = {name: line(pairs) for name, pairs in found.groupby('row', sort=False)}
     base = found[found.row == found.row.iloc[0]].sort_values('seed')
     following = base.assign(difference=100 * (base.groupby('category').text.transform(lambda v: np.roll(v, -1)) - base.text))
@@ -145,14 +146,14 @@ def disagreements_plot(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/22_disagreements.ipynb #57ab2fd9
+# %% ../nbs/22_disagreements.ipynb #58fae4d4
 def publish_disagreements(
     found: pd.DataFrame, # What `run_disagreements` returns
     results: str = '', # Folder of results, the files go to `tables` in it; empty: nothing is written
 ) -> Markdown: # Caption and table, for display
     "Table 6, as Markdown, CSV and SVG."
     first, seeds = found.iloc[0], sorted(set(found.seed))
-    caption = (f'**Table 6: What the disagreements are worth.** Image AUROC, points: value of the released code minus value of the text, one choice at a time; mean over surfaces and seeds with its interval of 95 %. '
+    caption = (f'**Table 6: What the disagreements are worth.** Image AUROC, points: value of the released code minus value of the text, one choice at a time; mean over surfaces and seeds with its interval of 95 % over surfaces. '
                f'Data: {first.data}. Textures: {first.textures}. Extractor: {first.extractor}. Profile: {first.profile}, {first.epochs} epochs. Seeds: {", ".join(map(str, seeds))}. Code: {first.commits or "no commit recorded"}.')
     text = Markdown(f'{caption}\n\n{disagreements_table(found)}\n')
     if results:
