@@ -14,6 +14,7 @@ from cse.cli import app
 from cse.config import ConfigError
 from cse.data import DataError, Images, is_device, load_category, read_image
 from cse.detector import ModelError, _checksum
+from cse.experiments import GridError
 from cse.export import ExportError, export, run_exported
 from cse.scoring import Calibration, CalibrationError
 from cse.surfaces import builtin_surfaces
@@ -337,6 +338,20 @@ def test_results_on_stdout_and_progress_on_stderr(saved, tmp_path):
     assert table['table'] == 1 and 'built-in' in table['caption'] and f"{row['ours']:.1f}" in done.stdout
     done = cse('export', saved, '--to', 'openvino', '-o', tmp_path / 'wood.xml', '--json')
     assert json.loads(done.stdout) == dict(file=str(tmp_path / 'wood.xml'), files=[str(tmp_path / 'wood.xml'), str(tmp_path / 'wood.bin')], format='openvino') and (tmp_path / 'wood.bin').is_file()
+
+
+def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
+    done = cse('tables', 1, 2, '--categories', 'wood', '--methods', 'mean_distance', '--tilda', 'nowhere', '--results', tmp_path, '--json')
+    assert done.exit_code == 2 and 'nowhere' in done.stderr and [t['table'] for t in json.loads(done.stdout)['tables']] == [1]
+    asked = {}
+    def fail(number, **given):
+        asked[number] = given
+        raise GridError('not run here')
+    monkeypatch.setattr('cse.experiments.run_table', fail)
+    done = cse('tables', 1, 2, '--categories', 'wood', '--json')
+    assert done.exit_code == 1 and json.loads(done.stdout) == dict(tables=[], failed=[1, 2]) and [asked[n]['categories'] for n in (1, 2)] == ['wood', '']
+    cse('tables', 2, '--categories', 'textile1')
+    assert asked[2]['categories'] == 'textile1'
 
 
 def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
