@@ -34,7 +34,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #2025b6cc
+# %% ../nbs/09_detector.ipynb #6ade68a0
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -199,7 +199,7 @@ class Detector:
                 start += len(values)
                 bar.update(len(values))
         if errors:
-            message = f'{len(errors)} of {len(images)} images have no score: {next(iter(errors.values()))}'
+            message = f'{len(errors)} of {len(images)} images have no score: {errors[min(errors)]}'
             if len(errors) == len(images): raise DataError(message)
             logging.getLogger(__name__).warning(message)
             scores[list(errors)] = np.nan
