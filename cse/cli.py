@@ -32,7 +32,7 @@ def _errors(interrupted='interrupted'):
         if not isinstance(e, OSError) and not type(e).__module__.startswith('cse.'): raise
         _stop(e, 1 if type(e).__name__ == 'GridError' else 2)
 
-# %% ../nbs/25_cli.ipynb #0b3cddf2
+# %% ../nbs/25_cli.ipynb #c90a9d7f
 def _path(text):
     "A path. An empty one would mean the current folder."
     if not text: raise typer.BadParameter('is empty; expected a path')
@@ -73,11 +73,14 @@ def _decides(detector, alpha, context):
     except CalibrationError as e:
         if detector.calibration or context.get_parameter_source('alpha').name != 'DEFAULT': typer.echo(f'note: no decisions, {e}', err=True)
 
-def _fabric(folder):
-    "The category, if a path is that of a fabric of a TILDA release, such as tilda/tilda1, which is no folder."
+def _is_fabric(path):
+    "Is it a fabric of a TILDA release, such as tilda/tilda1, which is no folder?"
+    return not path.exists() and path.resolve().parent.is_dir() and bool(re.fullmatch('tilda[1-8]', path.name))
+
+def _category(path, config):
+    "The category that lies, or would lie, at a path."
     from cse.data import load_category
-    name = folder.resolve()
-    if not name.exists() and name.parent.is_dir() and re.fullmatch('tilda[1-8]', name.name): return lambda config: load_category(name.parent, name.name, config)
+    return load_category(path.resolve().parent, path.resolve().name, config)
 
 def _load(model, device, weights=''):
     "A saved detector."
@@ -97,7 +100,7 @@ def _tell(detector, folder, as_json):
                  calibration_images=len(detector.calibration or ()), smallest_alpha=1 / (len(detector.calibration) + 1) if detector.calibration else None)
     typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
 
-# %% ../nbs/25_cli.ipynb #2aa8daba
+# %% ../nbs/25_cli.ipynb #12656258
 @app.command()
 def fit(
     folder: Annotated[Path, typer.Argument(parser=_path, metavar='FOLDER', help='Folder of good images, searched with everything below it; or a fabric of a TILDA release, such as tilda/tilda1, of which the training images are taken.')],
@@ -122,7 +125,7 @@ def fit(
         from cse.detector import CSE
         config = from_profile(profile, **_settings(set, extractor=extractor, weights=weights, device=device))
         _replaces(output)
-        images = fabric(config).train if (fabric := _fabric(folder)) else folder
+        images = _category(folder, config).train if _is_fabric(folder) else folder
         detector = CSE(config, textures, seed).fit(images, progress=not quiet, held_out=held_out, folder=output)
         _tell(detector, output, as_json)
         if detector.interrupted: _stop(f'interrupted after {len(detector.history)} of {config.epochs} epochs; the detector has the best weights so far, and the same command goes on', 130)
@@ -226,7 +229,7 @@ def score(
         if overlays: failed += _overlays(images, scores, overlays, top)
         if failed: _stop('; '.join(failed[:3]) + f'; {len(failed) - 3} more' * (len(failed) > 3), 1)
 
-# %% ../nbs/25_cli.ipynb #de17790c
+# %% ../nbs/25_cli.ipynb #67f82e1b
 @app.command()
 def evaluate(
     context: typer.Context,
@@ -244,12 +247,12 @@ def evaluate(
     """
     with _errors():
         import numpy as np
-        from cse.data import DataError, load_category, read_masks
+        from cse.data import DataError, read_masks
         from cse.metrics import aupro, auroc, auroc_interval, pixel_auroc
-        for part in () if (fabric := _fabric(category)) else (category/'train'/'good', category/'test'/'good'):
+        for part in () if _is_fabric(category) else (category/'train'/'good', category/'test'/'good'):
             if not part.is_dir(): raise DataError(f'{part}: no such folder; expected a category in MVTec layout, or a fabric of a TILDA release, such as tilda/tilda1')
         detector = _load(model, device, weights)
-        found = fabric(detector.config) if fabric else load_category(category.resolve().parent, category.resolve().name)
+        found = _category(category, detector.config)
         decide, masks = _decides(detector, alpha, context), read_masks(found, detector.config) if found.masks and detector.config.anomaly_map != 'none' else None
         scores, before = detector.score(found.test, progress=not quiet), int(detector.took_part(found.test).sum())
         read = ~np.isnan(scores.image)
@@ -274,7 +277,7 @@ def evaluate(
         typer.echo(json.dumps(about) if as_json else '\n'.join(f'{name}: {value:.4f}' if isinstance(value, float) else f'{name}: {value}' for name, value in about.items()))
         if missing: _stop(f'{missing} of {len(read)} images could not be read', 1)
 
-# %% ../nbs/25_cli.ipynb #0816d689
+# %% ../nbs/25_cli.ipynb #52b3973d
 @app.command('export')
 def export_(
     model: Model,
@@ -325,7 +328,7 @@ def tables(
             if number not in PUBLISHED: raise ConfigError(f'table {number}: expected one of {", ".join(map(str, PUBLISHED))}')
         joined = from_profile(profile).density_layers # Table 3 times the method of the paper
         wanted = numbers or [n for n in PUBLISHED if n != 3 or not joined]
-        unless = lambda own, number, value: '' if number == own and len(wanted) > 1 else value # among several tables, Table 2 keeps its own categories, and Table 3 its own methods
+        unless = lambda table, number, value: '' if number == table and len(wanted) > 1 else value # among several tables, Table 2 keeps its own categories, and Table 3 its own methods
         try:
             for number in wanted:
                 given = dict(data=tilda if number == 2 else data, textures=textures, profile=profile, methods=unless(3, number, methods) or own.get(number, '' if number == 3 else 'cse'),

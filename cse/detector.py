@@ -34,7 +34,7 @@ class Fused(nn.Module):
 
     def forward(self, images): return self.head(*self.extractor(images))
 
-# %% ../nbs/09_detector.ipynb #6ade68a0
+# %% ../nbs/09_detector.ipynb #0fdd302f
 class Detector:
     "What CSE and the classifier of Table 4 share: a frozen extractor, a training on synthetic defects, and a head that scores features."
     def __init__(self,
@@ -49,7 +49,7 @@ class Detector:
         self.config, self.textures, self.seed = config, textures, seed
         self.extractor = self.calibration = self._head = self._whole = None
         self._fitted = self.interrupted = False
-        self.history, self.best_epoch, self.clock, self.fitted_on = [], None, Stopwatch(), {}
+        self.history, self.best_epoch, self.clock, self.fitted_on, self.seen = [], None, Stopwatch(), {}, {}
 
     def __repr__(self):
         name, c = type(self).__name__, self.config
@@ -107,7 +107,7 @@ class Detector:
         except DataError as e:
             if not kept: raise
             raise DataError(f'{e}; held_out={held_out} keeps {len(kept)} of the {len(images)} images') from e
-        if kept: kept.check()
+        held = self._hashes(kept) if kept else None # reads every image before any work is done
         self.clock = clock = Stopwatch()
         with clock('textures'): defects = DefectGenerator.from_config(config, self.textures)
         with clock('load'): self.extractor = FeatureExtractor.from_config(config, self._layers())
@@ -118,14 +118,14 @@ class Detector:
         cache = FeatureCache(fitted, self.extractor, config, clock, progress)
         self._fitted, self.calibration = False, None # until here an earlier fit stands
         self.fitted_on = dict(images=len(fitted), sha256=hashlib.sha256(cache.images.cpu().numpy()).hexdigest())
+        self.seen = dict(fitted=[_hash(image) for image in cache.images])
         if cache.images.max() < 1 / 8: logging.getLogger(__name__).warning(f'images: nearly black, no value is above {cache.images.max():.2g} of 1; frames of 10 or 12 bits in files of 16 are to be stretched to the full range before')
         key = digest([type(self).__name__, fingerprint(config), self.seed, self.fitted_on, self.extractor.origin['sha256'],
                       hashlib.sha256(np.ascontiguousarray(defects.textures)).hexdigest()]) if folder else ''
         resume = Progress(Path(folder)/'training.pt', key) if folder else None
-        self.fitted_on['each'] = [_hash(image) for image in cache.images]
         result = self._learn(cache, defects, clock, progress, resume)
         self.history, self.best_epoch, self.interrupted, self._head, self._whole, self._fitted = result.history, result.best_epoch, result.interrupted, None, None, True
-        if kept: self._calibrate(kept, self._hashes(kept))
+        if kept: self._calibrate(kept, held)
         if folder: self.save(folder)
         if resume and not self.interrupted:
             for name in ('training', *(f'training-{i}' for i in range(1, config.embedders))): resume.path.with_stem(name).unlink(missing_ok=True)
@@ -137,7 +137,7 @@ class Detector:
     ): # Itself
         "Learn from held-out good images how high a good image scores. Raises `DataError` for images that took part in fitting."
         self._ready()
-        images, known = self._defect_free(images), set(self.fitted_on.get('each', ()))
+        images, known = self._defect_free(images), set(self.seen.get('fitted', ()))
         hashes = self._hashes(images)
         if before := [i for i, h in enumerate(hashes) if h in known]:
             raise DataError(f'{len(before)} of {len(hashes)} images took part in fitting, {images.paths[before[0]] if images.paths else f"image {before[0]}"} first; expected others')
@@ -147,7 +147,7 @@ class Detector:
 
     def _calibrate(self, images, hashes, progress=False):
         self.calibration = Calibration(self.score(images, progress).image)
-        self.fitted_on['calibration'] = hashes
+        self.seen = self.seen | dict(calibrated=hashes)
         return self
 
     def took_part(self,
@@ -155,7 +155,7 @@ class Detector:
     ) -> np.ndarray: # N values, true for an image that took part in fitting or calibration
         "Which images the detector knows, by what the network sees of them. False where that is not known: for an image that cannot be read, and for a detector saved by a version that did not keep it."
         self._ready()
-        images, known = self._images(images), {*self.fitted_on.get('each', ()), *self.fitted_on.get('calibration', ())}
+        images, known = self._images(images), {h for hashes in self.seen.values() for h in hashes}
         return np.isin(self._hashes(images, {}), list(known)) if known else np.zeros(len(images), bool)
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps
@@ -235,7 +235,7 @@ class Detector:
         if maps is None: raise ConfigError(f"anomaly_map={self.config.anomaly_map!r}: this detector has no maps; expected another setting than 'none'")
         return maps
 
-# %% ../nbs/09_detector.ipynb #c288b593
+# %% ../nbs/09_detector.ipynb #3d35531c
 class CSE(Detector):
     "Surface anomaly detection with a contrastively selected embedding."
     embedders, banks, density, standards = (), (), None, None # Of a fitted detector, the last two where raw features join the score
@@ -308,7 +308,7 @@ class CSE(Detector):
             tensors |= {f'density.{k}': v.cpu().contiguous() for k, v in self.density.state_dict().items()} | {'standards': self.standards.cpu()}
         data = save_tensors(tensors)
         about = dict(schema=SCHEMA, config=self.config.to_dict(), seed=self.seed, channels=self.embedder.channels, extractor=self.extractor.origin,
-                     best_epoch=self.best_epoch, history=self.history, interrupted=self.interrupted, fitted_on=self.fitted_on, calibration=self.calibration and self.calibration.scores.tolist(),
+                     best_epoch=self.best_epoch, history=self.history, interrupted=self.interrupted, fitted_on=self.fitted_on, seen=self.seen, calibration=self.calibration and self.calibration.scores.tolist(),
                      tensors_sha256=hashlib.sha256(data).hexdigest())
         about |= dict(sha256=_checksum(about))
         with replacing(folder/'model.safetensors') as path: path.write_bytes(data)
@@ -346,7 +346,7 @@ class CSE(Detector):
         if density: self.density, self.standards = PatchGaussians(self.config.density_channels, seed=self.seed).restore(density).to(device), standards
         self.history, self.best_epoch = about['history'], about['best_epoch']
         self.interrupted = about.get('interrupted', len(self.history) < self.config.epochs) # versions before did not say
-        self.fitted_on, self._fitted = about.get('fitted_on', {}), True
+        self.fitted_on, self.seen, self._fitted = about.get('fitted_on', {}), about.get('seen', {}), True
         if about.get('calibration'): self.calibration = Calibration(about['calibration'])
         return self
 

@@ -182,7 +182,7 @@ def test_training_of_other_images_is_not_taken_up(good, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='delete it to start anew'): CSE(Config.smoke(**SMALL)).fit(good, progress=False, folder=tmp_path)
 
 
-def test_saved_detectors_of_all_versions_load(detector, saved, good, tmp_path):
+def test_saved_detectors_of_all_versions_load(detector, saved, good, wood, tmp_path):
     again = CSE.load(saved)
     assert repr(again) == repr(detector) and np.array_equal(again.predict(good, 0.25), detector.predict(good, 0.25))
     about = json.loads((saved / 'model.json').read_text())
@@ -193,6 +193,7 @@ def test_saved_detectors_of_all_versions_load(detector, saved, good, tmp_path):
         (tmp_path / 'model.json').write_text(json.dumps(old))
         again = CSE.load(tmp_path)
         assert np.array_equal(again.score(good).image, detector.score(good).image) and not again.interrupted
+        assert 'calibrated on 20' in cse('calibrate', tmp_path, wood / 'test/good', '-o', tmp_path / 'new', '-q').stdout
 
 
 @pytest.mark.parametrize('change, words', [
@@ -273,7 +274,7 @@ def test_calibration_anew(detector, wood, saved, tmp_path):
 
 def test_images_that_took_part_in_fitting_are_known(detector, saved, wood, good, tmp_path):
     assert detector.took_part([*good, *sorted((wood / 'test/knot').iterdir())[:2]]).tolist() == [True] * len(good) + [False] * 2 # fitted on some, calibrated on the others
-    known = np.isin(detector._hashes(Images(good, detector.config)), detector.fitted_on['each'])
+    known = np.isin(detector._hashes(Images(good, detector.config)), detector.seen['fitted'])
     assert known.sum() == detector.fitted_on['images'] < len(good) and CSE.load(saved).took_part(good).all()
     assert len(copy.copy(detector).calibrate(np.array([str(g) for g in good])[~known]).calibration) == (~known).sum() # an array of names
     with pytest.raises(DataError, match=f'{known.sum()} of {len(good)} images took part in fitting'): detector.calibrate(good)
