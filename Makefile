@@ -81,7 +81,7 @@ thresholds swings choice: $(READY)
 	$(hide_paths) results/notebooks/$@-$(call name,).ipynb
 
 report: $(READY)
-	$(BIN)/python -c 'from cse.page import write_page; print(write_page())'
+	$(BIN)/python -c 'from cse.lab.report_page import write_page; print(write_page())'
 
 prepare: $(READY)
 	$(BIN)/nbdev_clean

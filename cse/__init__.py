@@ -7,15 +7,15 @@ if TYPE_CHECKING:
     from .config import Config
     from .defects import DefectGenerator
     from .detector import CSE
-    from .experiments import run
-    from .features import FeatureExtractor
+    from .lab.runs import run
+    from .extractor import FeatureExtractor
     from .losses import contrastive_cosine_loss, decoder_loss
     from .metrics import auroc
     from .model import Decoder, Embedder
     from .scoring import MemoryBank, Scores
 
-_HOME = {'CSE': 'detector', 'Config': 'config', 'Decoder': 'model', 'DefectGenerator': 'defects', 'Embedder': 'model', 'FeatureExtractor': 'features', 'MemoryBank': 'scoring',
-         'Scores': 'scoring', 'auroc': 'metrics', 'contrastive_cosine_loss': 'losses', 'decoder_loss': 'losses', 'run': 'experiments'}
+_HOME = {'CSE': 'detector', 'Config': 'config', 'Decoder': 'model', 'DefectGenerator': 'defects', 'Embedder': 'model', 'FeatureExtractor': 'extractor', 'MemoryBank': 'scoring',
+         'Scores': 'scoring', 'auroc': 'metrics', 'contrastive_cosine_loss': 'losses', 'decoder_loss': 'losses', 'run': 'lab.runs'}
 __all__ = list(_HOME)
 
 

@@ -9,14 +9,14 @@ import torch
 pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[peers]'")
 from cse import CSE, Config  # noqa: E402
 from cse.config import ConfigError  # noqa: E402
-from cse.data import DataError, Images  # noqa: E402
-from cse.features import WeightsError  # noqa: E402
-from cse.peers.anomalib import quiet  # noqa: E402
+from cse.data.images import DataError, Images  # noqa: E402
+from cse.extractor import WeightsError  # noqa: E402
+from cse.baselines.anomalib import quiet  # noqa: E402
 
 with quiet():
     from anomalib.data import Folder, ImageBatch
     from anomalib.engine import Engine
-    from cse.peers.anomalib_model import Cse, Preparation
+    from cse.deploy.anomalib_model import Cse, Preparation
 
 SETTINGS = dict(resize=150, crop=128, engine='torch')
 RAW = dict(profile='smoke', epochs=2, settings=SETTINGS, post_processor=False, visualizer=False)
@@ -68,9 +68,9 @@ def loader(*batches):
 
 
 def test_get_model_finds_it_once_it_is_imported():
-    code = "from anomalib.models import get_model; import cse.peers.anomalib_model; print(type(get_model('cse')), get_model('cse', profile='smoke').config.epochs)"
+    code = "from anomalib.models import get_model; import cse.deploy.anomalib_model; print(type(get_model('cse')), get_model('cse', profile='smoke').config.epochs)"
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip().endswith("<class 'cse.peers.anomalib_model.Cse'> 10"), 'and needs no weights before it is fitted'
+    assert found.stdout.strip().endswith("<class 'cse.deploy.anomalib_model.Cse'> 10"), 'and needs no weights before it is fitted'
 
 
 def test_scores_and_maps_are_those_of_the_library(fitted, library, root):

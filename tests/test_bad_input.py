@@ -12,11 +12,12 @@ from PIL import Image
 
 from cse import CSE, Config
 from cse.config import ConfigError
-from cse.data import DataError, Images, load_category, read_image, read_masks, texture_images
+from cse.data.images import DataError, Images, read_image
+from cse.data.folders import load_category, read_masks, texture_images
 from cse.defects import DefectGenerator
-from cse.experiments import grid, load_records, run, run_table
-from cse.export import ExportError, export
-from cse.surfaces import builtin_textures
+from cse.lab.runs import grid, load_records, run, run_table
+from cse.deploy.export import ExportError, export
+from cse.data.builtin import builtin_textures
 
 
 @pytest.fixture(autouse=True)
@@ -223,9 +224,9 @@ def test_export_refuses_before_any_work(tmp_path):
 def test_export_to_a_full_disk_does_not_blame_the_detector(tmp_path, monkeypatch):
     def full(path):
         raise RuntimeError('iostream error')
-    monkeypatch.setattr('cse.export.Whole', lambda detector: torch.nn.Identity())
-    monkeypatch.setattr('cse.export._about', lambda detector: {})
-    monkeypatch.setattr('cse.export._openvino', lambda *args: full)
+    monkeypatch.setattr('cse.deploy.export.Whole', lambda detector: torch.nn.Identity())
+    monkeypatch.setattr('cse.deploy.export._about', lambda detector: {})
+    monkeypatch.setattr('cse.deploy.export._openvino', lambda *args: full)
     detector = SimpleNamespace(config=Config.smoke(), score=lambda images: None)
     with pytest.raises(ExportError, match=r'wood.xml: cannot be written \(iostream error\)'):
         export(detector, tmp_path / 'wood.xml')

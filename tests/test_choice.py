@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from cse import CSE, choice
 from cse.config import ConfigError
-from cse.surfaces import builtin_surfaces
+from cse.data.builtin import builtin_surfaces
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from distributed import LocalCluster
 from distributed.cli import dask_scheduler, dask_worker
 
 from cse.config import Config, ConfigError
-from cse.data import DataError
-from cse.experiments import RECORD_SCHEMA, GridError, _gather, _run_elsewhere, grid, identify, load_records
-from cse.report import publish
-from cse.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
+from cse.data.images import DataError
+from cse.lab.runs import RECORD_SCHEMA, GridError, _gather, _run_elsewhere, grid, identify, load_records
+from cse.lab.tables import publish
+from cse.lab.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
 
 RUNS = int(os.environ.get('CLUSTER_RUNS', 200))
 WORKERS, SECONDS = (16, 1.0) if RUNS >= 1000 else (4, 0.2)
@@ -33,8 +33,8 @@ METHOD = '''
 import os, time
 from types import SimpleNamespace
 import torch
-from cse import experiments
-from cse.data import Images
+from cse.lab import runs as experiments
+from cse.data.images import Images
 from cse.detector import Detector
 
 class Mean(Detector):
@@ -60,7 +60,7 @@ SMALL = Config.smoke(resize=40, crop=32)
 def method(tmp_path, monkeypatch):
     "The method, here and on workers that are started from now on."
     import dask
-    from cse import experiments
+    from cse.lab import runs as experiments
     monkeypatch.setattr(experiments, 'METHODS', dict(experiments.METHODS))
     (path := tmp_path / 'mean.py').write_text(METHOD)
     exec(METHOD, {})
@@ -198,7 +198,7 @@ def test_without_dask(monkeypatch):
 
 
 def test_ctrl_c_ends_all_processes(tmp_path):
-    code = ('import time\nfrom cse.scheduling import *\n'
+    code = ('import time\nfrom cse.lab.scheduling import *\n'
             'try: [print(o.task.title, flush=True) for o in run_tasks(time.sleep, [Task("first", (0.1,), 99)] + [Task("long", (600,))] * 3, "processes:2")]\n'
             'except KeyboardInterrupt: print("interrupted")')
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)

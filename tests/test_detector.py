@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 from cse import CSE, Config
 from cse.cli import app
 from cse.config import ConfigError
-from cse.data import DataError, Images, is_device, load_category, read_image
+from cse.data.images import DataError, Images, read_image
+from cse.data.files import is_device
+from cse.data.folders import load_category
 from cse.detector import ModelError, _checksum
-from cse.experiments import GridError
-from cse.export import ExportError, export, run_exported
-from cse.scoring import Calibration, CalibrationError
-from cse.surfaces import builtin_surfaces
+from cse.lab.runs import GridError
+from cse.deploy.export import ExportError, export, run_exported
+from cse.extensions.calibration import Calibration, CalibrationError
+from cse.data.builtin import builtin_surfaces
 from test_tilda import write_release
 
 SMALL = dict(epochs=2, device='cpu', engine='torch')
@@ -349,7 +351,7 @@ def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
     def fail(number, **given):
         asked[number] = given
         raise GridError('not run here')
-    monkeypatch.setattr('cse.experiments.run_table', fail)
+    monkeypatch.setattr('cse.lab.runs.run_table', fail)
     done = cse('tables', 1, 2, '--categories', 'wood', '--json')
     assert done.exit_code == 1 and json.loads(done.stdout) == dict(tables=[], failed=[1, 2]) and [asked[n]['categories'] for n in (1, 2)] == ['wood', '']
     cse('tables', 2, '--categories', 'textile1')
@@ -457,7 +459,7 @@ def test_help_does_not_load_pytorch():
 def test_export_says_what_it_cannot_do(detector, tmp_path, monkeypatch):
     for bad, to in ((tmp_path / 'wood.txt', ''), (tmp_path / 'wood.onnx', 'openvino')):
         with pytest.raises(ConfigError, match='expected a file ending in'): export(detector, bad, to)
-    monkeypatch.setattr('cse.export.TOLERANCE', 0)
+    monkeypatch.setattr('cse.deploy.export.TOLERANCE', 0)
     with pytest.raises(ExportError, match='scores differ'): export(detector, tmp_path / 'wood.xml')
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match='not fitted'): export(CSE(Config.smoke()), tmp_path / 'wood.xml')
@@ -503,7 +505,7 @@ def test_joined_scores_are_those_of_their_parts(good):
     alone = CSE(Config.clean(**SMALL, embedding_weight=0.0)).fit(good, progress=False)
     with torch.no_grad(): distances = alone.density(alone.extractor(torch.stack([Images(good, alone.config)[i] for i in range(6)]))).amax((1, 2)).numpy()
     assert (np.argsort(alone.score(good[:6]).image) == np.argsort(distances)).all()
-    from cse.peers.anomalib import MeanDistance
+    from cse.baselines.anomalib import MeanDistance
     assert MeanDistance(Config.clean(**SMALL)).fit(good, progress=False).extractor.layers == (3, 4)
 
 

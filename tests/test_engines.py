@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cse import CSE, Config
-from cse.data import cache_folder
-from cse.features import EngineError, FeatureExtractor, compile_openvino
+from cse.data.files import cache_folder
+from cse.fast.engines import EngineError, compile_openvino
+from cse.extractor import FeatureExtractor
 
 LITE = dict(name='tf_efficientnet_lite0', weights='packaged')
 IMAGES = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -68,7 +69,7 @@ def test_an_extractor_that_cannot_be_converted(monkeypatch, caplog, own_cache):
 
 
 def test_a_network_that_computes_something_else_is_refused(monkeypatch, own_cache):
-    monkeypatch.setattr('cse.features.compile_openvino', lambda model, *args: lambda *x: [f * 1.01 for f in model(*x)])
+    monkeypatch.setattr('cse.fast.engines.compile_openvino', lambda model, *args: lambda *x: [f * 1.01 for f in model(*x)])
     with pytest.raises(EngineError, match='differ from PyTorch by 1.0e-02'):
         FeatureExtractor(**LITE, engine='openvino')(IMAGES)
 
@@ -125,7 +126,7 @@ def test_the_fused_network_scores_like_the_detector(fitted):
 
 def test_a_detector_that_cannot_be_compiled_scores_as_before(fitted, monkeypatch, caplog):
     expected, odd = fitted.score(IMAGES).image, lambda *args: lambda *x: [torch.full((len(x[0]),), 9.), torch.zeros(len(x[0]), 7, 7)]
-    monkeypatch.setattr('cse.features.compile_openvino', odd)
+    monkeypatch.setattr('cse.fast.engines.compile_openvino', odd)
     monkeypatch.setattr(fitted, '_whole', None)
     assert np.allclose(fitted.compile().score(IMAGES).image, expected, rtol=1e-6) and 'outputs differ' in caplog.text
     monkeypatch.setattr(fitted.extractor, 'exact', True)
@@ -187,10 +188,10 @@ def test_scores_of_many_images_do_not_hold_them(fitted, surface, tmp_path):
 def test_devices():
     with pytest.raises(ValueError, match="engine='openvino' runs on the CPU"):
         extractor = FeatureExtractor.from_config
-        import cse.features
-        original = cse.features.pick_device
+        import cse.extractor
+        original = cse.extractor.pick_device
         try:
-            cse.features.pick_device = lambda d: torch.device('meta')
+            cse.extractor.pick_device = lambda d: torch.device('meta')
             extractor(Config.smoke(engine='openvino'))
         finally:
-            cse.features.pick_device = original
+            cse.extractor.pick_device = original

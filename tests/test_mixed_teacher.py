@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cse.config import Config, ConfigError
-from cse.data import Images, load_category
-from cse.experiments import suited
-from cse.features import WeightsError
-from cse.peers.mixed_teacher import PEERS, MixedTeacher, ReducedStudent, Students
+from cse.data.images import Images
+from cse.data.folders import load_category
+from cse.lab.runs import suited
+from cse.extractor import WeightsError
+from cse.baselines.mixed_teacher import PEERS, MixedTeacher, ReducedStudent, Students
 from cse.training import TrainingError
 
 SMALL = dict(epochs=2, resize=64, crop=64, weights='random', engine='torch')

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cse.config import Config, ConfigError, fingerprint
-from cse.data import DataError, load_category
-from cse.experiments import METHODS, grid, make_method, run, variant
-from cse.peers.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
+from cse.data.images import DataError
+from cse.data.folders import load_category
+from cse.lab.runs import METHODS, grid, make_method, run, variant
+from cse.baselines.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
 
 SAME = ('patchcore', 'padim', 'cfa', 'fastflow', 'reverse_distillation')
 SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch')
@@ -58,7 +59,7 @@ def test_scores_are_those_of_anomalib_on_images(anomalib, images):
     own = peer.extractor.model.model.state_dict()
     assert not model.feature_extractor.feature_extractor.load_state_dict(own, strict=False).missing_keys
     model.memory_bank = peer.network.model.memory_bank
-    from cse.data import Images
+    from cse.data.images import Images
     batch = torch.stack(list(Images(images.test, peer.config)))
     with torch.no_grad():
         expected = model.eval()((batch - peer.extractor.model.mean) / peer.extractor.model.std)
@@ -70,7 +71,7 @@ def test_scores_are_those_of_anomalib_on_images(anomalib, images):
 def test_the_chosen_patches_are_those_of_anomalib(anomalib):
     from unittest.mock import patch
     from anomalib.models.components import KCenterGreedy
-    from cse.peers.anomalib import _update_distances, global_seed, quiet
+    from cse.baselines.anomalib import _update_distances, global_seed, quiet
     def chosen():
         with global_seed(7), quiet():
             return KCenterGreedy(torch.rand(400, 30, generator=torch.Generator().manual_seed(0)), 0.2).select_coreset_idxs()
@@ -110,7 +111,7 @@ def test_reverse_distillation_on_a_resnet(anomalib, images, layers, decoder):
 
 @pytest.mark.parametrize('shapes', [[(8, 7, 7)], [(4, 28, 28), (6, 14, 14), (8, 7, 7)], [(4, 25, 25), (4, 13, 13), (6, 13, 13), (8, 6, 6)]])
 def test_fitted_bottleneck_and_decoder_return_to_the_shapes(anomalib, shapes):
-    from cse.peers.anomalib import FittedBottleneck, FittedDecoder
+    from cse.baselines.anomalib import FittedBottleneck, FittedDecoder
     squeezed = FittedBottleneck(shapes)([torch.randn(2, *s) for s in shapes])
     assert squeezed.shape == (2, 16, -(-shapes[-1][1] // 2), -(-shapes[-1][2] // 2))
     restored = FittedDecoder(shapes)(squeezed)
@@ -162,7 +163,7 @@ def test_without_anomalib_all_else_works(monkeypatch, images, tiny):
 
 
 def test_nothing_is_loaded_before_it_is_needed():
-    code = "import sys, cse, cse.experiments; assert 'patchcore' in cse.experiments.METHODS; print({'anomalib', 'lightning', 'geomloss', 'opensimplex'} & set(sys.modules))"
+    code = "import sys, cse, cse.lab.runs; assert 'patchcore' in cse.lab.runs.METHODS; print({'anomalib', 'lightning', 'geomloss', 'opensimplex'} & set(sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
 
 
@@ -175,7 +176,7 @@ def test_names_stay_those_of_the_published_tables():
 def test_the_whole_method_is_one_network(anomalib, images, name):
     "Speed is measured on it."
     method = PEERS[name](Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
-    from cse.data import Images
+    from cse.data.images import Images
     with torch.no_grad():
         scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
     found = method.score(images.test[:2])

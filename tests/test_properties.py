@@ -3,11 +3,13 @@ import numpy as np, torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from cse.config import Config, ConfigError
-from cse.data import Images, resize_crop, seeded, split
+from cse.data.images import Images, resize_crop
+from cse.data.seeds import seeded, split
 from cse.defects import DefectGenerator, draw_masks
 from cse.losses import contrastive_cosine_loss, decoder_loss, similarity
 from cse.metrics import auroc, auroc_interval
-from cse.scoring import Calibration, CalibrationError, MemoryBank, enlarge_maps
+from cse.extensions.calibration import Calibration, CalibrationError
+from cse.scoring import MemoryBank, enlarge_maps
 
 EXAMPLES = 60
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cse.config import Config, ConfigError
-from cse.data import Images, load_category, seeded
-from cse.peers.rdpp import PEERS, RDpp, add_noise, contrast_loss, cosine_loss, losses, octave_noise, simplex_noise, transport_loss
+from cse.data.images import Images
+from cse.data.folders import load_category
+from cse.data.seeds import seeded
+from cse.baselines.rdpp import PEERS, RDpp, add_noise, contrast_loss, cosine_loss, losses, octave_noise, simplex_noise, transport_loss
 
 SMALL = dict(epochs=2, extractor='tf_efficientnet_lite0', weights='random', engine='torch', layers=(2, 3), resize=128, crop=128)
 

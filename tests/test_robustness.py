@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest, torch
 from cse import CSE
 from cse.config import Config, ConfigError
-from cse.data import check_writable
-from cse.experiments import grid, load_records, run
-from cse.report import comparison
+from cse.data.files import check_writable
+from cse.lab.runs import grid, load_records, run
+from cse.lab.tables import comparison
 from cse.training import Progress, TrainingError
 
 KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 2))
@@ -17,9 +17,9 @@ GRID = '''
 import sys, time
 import numpy as np, torch
 from types import SimpleNamespace
-from cse import experiments
+from cse.lab import runs as experiments
 from cse.config import Config
-from cse.data import Images
+from cse.data.images import Images
 from cse.detector import Detector
 
 class Mean(Detector):

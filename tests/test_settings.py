@@ -5,9 +5,11 @@ from torch.nn import functional as F
 
 from cse import CSE, Config
 from cse.config import fingerprint
-from cse.data import Images, seeded
+from cse.data.images import Images
+from cse.data.seeds import seeded
 from cse.defects import KINDS, DefectGenerator
-from cse.features import FeatureCache, FeatureExtractor
+from cse.fast.cache import FeatureCache
+from cse.extractor import FeatureExtractor
 from cse.losses import as_vectors, contrastive_cosine_loss, reduce_loss
 from cse.model import Decoder, Embedder, freeze
 from cse.scoring import MemoryBank

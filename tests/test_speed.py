@@ -9,11 +9,11 @@ import torch
 
 from cse import Config
 from cse.config import ConfigError
-from cse.data import DataError
-from cse.experiments import GridError, load_records, read_parameters
-from cse.features import WeightsError
-from cse.report import ReportError, caption, check_records, publish
-from cse.speed import TIMED, choose, run_speed, summary, timed_image, times
+from cse.data.images import DataError
+from cse.lab.runs import GridError, load_records, read_parameters
+from cse.extractor import WeightsError
+from cse.lab.tables import ReportError, caption, check_records, publish
+from cse.lab.latency import TIMED, choose, run_speed, summary, timed_image, times
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(extractor='tf_efficientnet_lite0', weights='packaged', settings=dict(resize=64, crop=64), device='cpu', repeats=10, warmup=1)
@@ -46,10 +46,10 @@ def test_record(timed, surface):
 
 
 def test_what_is_on_record_is_not_measured_again(timed, surface, monkeypatch, capsys):
-    import cse.speed
+    import cse.lab.latency
     results, records = timed
     asked = []
-    monkeypatch.setattr(cse.speed, 'measure_apart', lambda method, *a, **kw: asked.append(method) or 1 / 0)
+    monkeypatch.setattr(cse.lab.latency, 'measure_apart', lambda method, *a, **kw: asked.append(method) or 1 / 0)
     again = lambda **kw: run_speed(**dict(data=str(surface), methods='cse', results=str(results)) | SMALL | kw)
     assert again() == records and asked == []
     assert capsys.readouterr().out.count('on record') == 2
@@ -61,7 +61,7 @@ def test_what_is_on_record_is_not_measured_again(timed, surface, monkeypatch, ca
     for name, value in (('processor', lambda device: 'another machine'), ('torch.get_num_threads', lambda: 77)):
         asked.clear()
         with monkeypatch.context() as m, pytest.raises(GridError):
-            m.setattr(f'cse.speed.{name}', value)
+            m.setattr(f'cse.lab.latency.{name}', value)
             again()
         assert len(asked) == 2, name
     assert again() == records
@@ -96,8 +96,8 @@ def test_times_of_two_machines_do_not_stand_in_one_table(timed):
 
 
 def test_bad_input_is_refused_before_anything_is_measured(surface, tmp_path, monkeypatch):
-    import cse.speed
-    monkeypatch.setattr(cse.speed, 'time_method', lambda *a, **kw: pytest.fail('something was measured'))
+    import cse.lab.latency
+    monkeypatch.setattr(cse.lab.latency, 'time_method', lambda *a, **kw: pytest.fail('something was measured'))
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'a.png').write_bytes(b'broken')
@@ -119,10 +119,10 @@ def test_bad_input_is_refused_before_anything_is_measured(surface, tmp_path, mon
 
 
 def test_a_process_that_fails_does_not_take_the_others_with_it(timed, surface, tmp_path, monkeypatch, capsys):
-    import cse.speed
-    real, done = cse.speed.measure_apart, timed[1][0]
+    import cse.lab.latency
+    real, done = cse.lab.latency.measure_apart, timed[1][0]
     found = dict(times=dict(model=[1.0] * 10, file=[2.0] * 10), score=1.0, memory_mb=1.0, gpu_memory_mb=None, extractor=done['extractor'], form='as trained', size=[64, 64], build=0.0)
-    monkeypatch.setattr(cse.speed, 'measure_apart', lambda method, *a, **kw: real(method, *a, **kw | dict(file='gone.png')) if method == 'extractor/as-trained' else found)
+    monkeypatch.setattr(cse.lab.latency, 'measure_apart', lambda method, *a, **kw: real(method, *a, **kw | dict(file='gone.png')) if method == 'extractor/as-trained' else found)
     with pytest.raises(GridError, match=r'1 of 2 measurements failed:\n.*extractor/as-trained seed 0: failed, .*gone.png: no such file'):
         run_speed(data=str(surface), methods='extractor', results=str(tmp_path), textures='anything', **SMALL)
     assert [r['metrics']['fps'] for r in load_records(tmp_path)] == [1000]
@@ -152,7 +152,7 @@ def test_both_forms_agree_with_other_settings_of_the_score(surface):
 def test_table3_notebook_knows_the_parameters_of_all_tables():
     import inspect
     import yaml
-    from cse.experiments import run_table
+    from cse.lab.runs import run_table
     names = set(inspect.signature(run_table).parameters) - {'table'}
     for path in (ROOT / 'params').glob('*.yml'): names |= set(yaml.safe_load(path.read_text()))
     assert set(read_parameters(dict.fromkeys(names), run_speed)) == names

@@ -8,7 +8,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-from cse.experiments import GridError, grid, load_records, run, run_table
+from cse.lab.runs import GridError, grid, load_records, run, run_table
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / 'nbs/tables'
@@ -70,7 +70,7 @@ def test_table2_takes_a_release_of_tilda(textures, tmp_path):
 
 
 def test_built_in_textiles_are_no_surfaces_of_table_1():
-    from cse.experiments import default_categories, resolve_data
+    from cse.lab.runs import default_categories, resolve_data
     assert default_categories(None, 1) == ['carpet', 'grid', 'leather', 'tile', 'wood']
     assert default_categories(None, 2) == [f'textile{i}' for i in range(1, 9)]
     assert resolve_data(None, ['wood'])[1] != resolve_data(None, ['textile1'])[1]
@@ -126,7 +126,7 @@ def test_force_runs_again(surface, textures, tmp_path, tiny):
 
 def test_a_run_killed_while_it_writes_leaves_nothing_half_written(surface, textures, tmp_path, tiny):
     "Killed in the worst moment: the record is written, but not yet in its place."
-    code = ('import os, signal\nfrom cse.experiments import run\nfrom cse import Config\nreal = os.replace\n'
+    code = ('import os, signal\nfrom cse.lab.runs import run\nfrom cse import Config\nreal = os.replace\n'
             'os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if "records" in str(b) else real(a, b)\n'
             f'run(Config.smoke(epochs=2), {str(surface)!r}, "gravel", textures={str(textures)!r}, results={str(tmp_path)!r})')
     killed = subprocess.run([sys.executable, '-c', code], capture_output=True)

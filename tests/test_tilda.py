@@ -10,8 +10,8 @@ from PIL import Image
 
 from cse import Config
 from cse.config import TILDA_FABRICS, ConfigError, fingerprint
-from cse.data import (DataError, Images, categories, category_fingerprint, files_fingerprint, image_files, load_category, published_name,
-                      tilda_frames, tilda_split)
+from cse.data.images import DataError, Images, image_files
+from cse.data.folders import categories, category_fingerprint, files_fingerprint, load_category, published_name, tilda_frames, tilda_split
 
 
 def write_release(root, fabric='C1R1', count=4, size=(12, 8), name='{}E{}N{}.TIF'):

@@ -1,0 +1,1 @@
+"For whoever regenerates the tables: runs and records, scheduling, tables, audit, benchmark, report page."
