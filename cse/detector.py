@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from tqdm import tqdm
 from .config import Config, ConfigError, digest, fingerprint
-from .data.images import DataError, Images, _hidden
+from .data.images import DataError, Images, is_hidden
 from .data.timing import Stopwatch
 from .data.files import check_writable, replacing
 from .data.seeds import seed_for, seeded, split
@@ -95,7 +95,7 @@ class Detector:
         "Images to learn from. A folder with a whole category in it holds defects and masks as well, and is refused."
         found, folder = self._images(images), Path(images) if isinstance(images, (str, Path)) else None
         if folder and folder.is_dir():
-            beside = (folder/'good').is_dir() and any(p.is_dir() and p.name != 'good' and not _hidden(p.name) for p in folder.iterdir()) # kinds of defects
+            beside = (folder/'good').is_dir() and any(p.is_dir() and p.name != 'good' and not is_hidden(p.name) for p in folder.iterdir()) # kinds of defects
             if good := next(folder.rglob('train/good'), None) or beside and folder/'good': raise DataError(f'{folder}: holds more than defect-free images; expected {good}')
         return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from ..config import TILDA_FABRICS, Config
-from .images import DataError, Images, _below, _folder, image_files, read_image, resize_crop
+from .images import DataError, Images, existing_folder, files_below, image_files, read_image, resize_crop
 from .seeds import seed_for
 from .files import cache_folder, replacing
 
@@ -73,7 +73,7 @@ def tilda_frames(
 ) -> dict: # Fabric → (kind of defect, number) → file
     "The frames of a TILDA release. Raises `DataError` for a frame that is there twice or that no release has."
     found = {}
-    for p in _below(Path(root)):
+    for p in files_below(Path(root)):
         if not (name := _FRAME.fullmatch(p.name)): continue
         fabric, kind, number = name[1].lower(), int(name[2]), int(name[3])
         if fabric not in TILDA_FABRICS or kind > 7 or number < 1:
@@ -113,7 +113,7 @@ def _tilda_category(root, name, fabric, frames, config):
 # %% ../../nbs/data/05_folders.ipynb #80f61a34
 def _find(root, config):
     "Name → function that loads the category, for all that lie below a folder."
-    root = _folder(root, 'a folder of categories in MVTec layout, or a TILDA release')
+    root = existing_folder(root, 'a folder of categories in MVTec layout, or a TILDA release')
     names = sorted(p.name for p in root.iterdir() if (p/'train'/'good').is_dir())
     if names: return {name: functools.partial(_mvtec_category, root, name) for name in names}
     found = tilda_frames(root)
