@@ -5,22 +5,17 @@
 # %% auto #0
 __all__ = ['Features', 'Pairs', 'PairLosses', 'pair_splits', 'pair_up', 'PairSampler', 'pair_losses', 'collapse_statistics',
            'make_optimizer', 'update', 'TrainingError', 'make_embedder', 'make_decoder', 'prepare_decoder',
-           'pretrain_decoder', 'History', 'validate', 'TrainingState', 'Callback', 'train', 'ProgressBar', 'SavedState',
-           'train_until_interrupted']
+           'pretrain_decoder', 'History', 'validate', 'TrainingState', 'Callback', 'train']
 
-# %% ../nbs/06_training.ipynb #6869f175
-import copy, logging, math, pickle
+# %% ../nbs/06_training.ipynb #95143b8d
+import copy, math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
-from pathlib import Path
 from typing import Self
 import torch
 from torch import nn
-from tqdm import tqdm
 from .config import Config
 from .data.seeds import seed_for, seeded, split
-from .data.files import replacing
 from .defects import DefectGenerator
 from .extractor import FeatureExtractor
 from .model import Decoder, Embedder, freeze
@@ -339,97 +334,3 @@ def train(
         history.add(network, steps, measured, config.checkpoint)
         for callback in callbacks: callback.after_epoch(state)
     return history.restore_best(network)
-
-# %% ../nbs/06_training.ipynb #1ccc15fc
-class ProgressBar(Callback):
-    "A bar of epochs, to be used in a `with` block."
-    def __init__(self,
-        epochs: int, # Of the whole training run
-        shown: bool = True, # Show it?
-    ):
-        self.bar = tqdm(total=epochs, desc='training', unit='epoch', disable=not shown, leave=False)
-
-    def __enter__(self): return self
-    def __exit__(self, *exception): self.bar.close()
-
-    def before_training(self, state: TrainingState): self.bar.update(len(state.history.epochs))
-
-    def after_epoch(self, state: TrainingState):
-        last = state.history.epochs[-1]
-        self.bar.update()
-        self.bar.set_postfix(loss=f'{last["loss"]:.3f}', validation=f'{last["validation_loss"]:.3f}',
-                             dimensions=f'{last["dimensions"]:.1f}')
-
-# %% ../nbs/06_training.ipynb #48c078eb
-_PARTS = 'network', 'decoder', 'optimizer', 'schedule'
-
-class SavedState(Callback):
-    "The state of a training run on disk, whole after every epoch, and taken up again from there."
-    def __init__(self,
-        path: str | Path, # The file
-        key: str, # What the training run depends on: settings, seed, images
-    ):
-        self.path, self.key, self.warned = Path(path), key, False
-
-    def before_training(self, state: TrainingState):
-        "Take up what was written last, if there is something."
-        found = self.read()
-        if not found: return
-        for name in _PARTS:
-            part = getattr(state, name)
-            if part is not None: part.load_state_dict(found[name])
-        for name, value in found['history'].items(): setattr(state.history, name, value)
-
-    def after_epoch(self, state: TrainingState):
-        parts = {name: getattr(state, name) for name in _PARTS}
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        self.write(history=vars(state.history), **states)
-
-    def write(self,
-        **state, # Tensors, state dicts, lists and numbers
-    ):
-        "Replace the file, completely or not at all. A full disk is a warning, and training goes on."
-        torch.save(dict(key=self.key, **state), content := BytesIO())
-        try:
-            with replacing(self.path) as file: file.write_bytes(content.getvalue())
-        except OSError as e:
-            if not self.warned:
-                logging.getLogger(__name__).warning(
-                    f'{self.path}: cannot be written ({e.strerror}); '
-                    'training goes on, but cannot be taken up again from here')
-            self.warned = True
-
-    def read(self) -> dict | None:
-        """What was written last; None if nothing was. Loads tensors and plain values only. Raises
-        `TrainingError` for a file that is damaged or belongs to another training run."""
-        if not self.path.exists(): return None
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-            message = f'{self.path}: is not the state of a training run; delete it to start anew'
-            raise TrainingError(message) from e
-        if not isinstance(state, dict) or state.get('key') != self.key:
-            raise TrainingError(f'{self.path}: belongs to a training run with other images, settings '
-                                'or another seed; expected the same ones, or another folder')
-        return state
-
-# %% ../nbs/06_training.ipynb #d0d8ed1a
-class _Watch(Callback):
-    "Keeps the state of a training run at hand."
-    state = None
-    def before_training(self, state): self.state = state
-
-def train_until_interrupted(
-    network: nn.Module, # Trained in place
-    decoder: Decoder | None, # As for `train`
-    pairs: PairSampler, # As for `train`
-    config: Config, # As for `train`
-    callbacks: Iterable[Callback] = (), # As for `train`
-    losses: PairLosses = pair_losses, # As for `train`
-) -> History: # As of `train`; `interrupted` tells whether it was
-    "As `train`, but Ctrl-C keeps what was finished. Raises `KeyboardInterrupt` before the first epoch."
-    watch = _Watch()
-    try: return train(network, decoder, pairs, config, [*callbacks, watch], losses)
-    except KeyboardInterrupt:
-        if watch.state is None or watch.state.history.best is None: raise
-        watch.state.history.interrupted = True
-        return watch.state.history.restore_best(network)
