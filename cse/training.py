@@ -47,7 +47,7 @@ def pair_up(
     if not one_split: return first, second[torch.randperm(n, generator=generator)]
     return first, first.roll(int(torch.randint(1, n, (), generator=generator)))
 
-# %% ../nbs/06_training.ipynb #ee74ea70
+# %% ../nbs/06_training.ipynb #0240d03c
 Features = list[torch.Tensor] # a map a layer, N×C×H×W, finest first
 Pairs = tuple[Features, Features, torch.Tensor] # of first and second images; which second ones are defective
 
@@ -73,26 +73,27 @@ class PairSampler:
         "Features of defect-free images."
         return self.extractor(self.images[indices])
 
+    def draw(self,
+        indices: torch.Tensor, # The second images of some pairs
+        *purpose, # What they are for: words and numbers
+    ) -> tuple[list[torch.Generator], torch.Tensor]: # A generator an image; which are to be corrupted
+        "Decide which images are corrupted (§3.2)."
+        seed = self.config.source_seed(self.seed, 'defects')
+        generators = [seeded(seed, *purpose, i) for i in indices.tolist()]
+        draws = torch.cat([torch.rand(1, generator=g) for g in generators])
+        return generators, draws < self.config.defect_probability
+
     def partners(self,
         indices: torch.Tensor, # The second images of some pairs
         *purpose, # What they are for: words and numbers
     ) -> tuple[Features, torch.Tensor]: # Their features; which of them are defective
-        "Features of second images, corrupted with the given probability (§3.2)."
-        seed = self.config.source_seed(self.seed, 'defects')
-        generators = [seeded(seed, *purpose, i) for i in indices.tolist()]
-        draws = torch.cat([torch.rand(1, generator=g) for g in generators])
-        defective = draws < self.config.defect_probability
-        features = self.features(indices)
+        "Features of second images, some of them corrupted (§3.2)."
+        generators, defective = self.draw(indices, *purpose)
+        images = self.images[indices]
         if defective.any():
             chosen = [g for g, d in zip(generators, defective) if d]
-            corrupted = self.corrupted_features(indices[defective], chosen)
-            for f, new in zip(features, corrupted): f[defective.to(f.device)] = new
-        return features, defective.to(self.extractor.device)
-
-    def corrupted_features(self, indices: torch.Tensor, generators: list) -> Features:
-        "Features of images with synthetic defects."
-        corrupted, _, _ = self.defects(self.images[indices], generators)
-        return self.extractor(corrupted)
+            images[defective] = self.defects(images[defective], chosen)[0]
+        return self.extractor(images), defective.to(self.extractor.device)
 
     def pair_up(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Indices of the pairs of an epoch."

@@ -15,7 +15,7 @@ from ..extractor import FeatureExtractor
 from ..training import Features, PairSampler, Pairs, pair_up
 from .cache import FeatureCache
 
-# %% ../../nbs/fast/06_pairs.ipynb #84f223be
+# %% ../../nbs/fast/06_pairs.ipynb #f085853c
 AHEAD = 8 # steps whose corrupted images pass the extractor together
 
 class CachedPairs(PairSampler):
@@ -35,7 +35,20 @@ class CachedPairs(PairSampler):
         "Features of defect-free images."
         return [f[indices].to(self.extractor.device) for f in self.cache.features]
 
-    def corrupted_features(self, indices: torch.Tensor, generators: list) -> Features:
+    def partners(self,
+        indices: torch.Tensor, # The second images of some pairs
+        *purpose, # What they are for: words and numbers
+    ) -> tuple[Features, torch.Tensor]: # Their features; which of them are defective
+        "Features of second images; only corrupted ones pass the extractor."
+        generators, defective = self.draw(indices, *purpose)
+        features = self.features(indices)
+        if defective.any():
+            chosen = [g for g, d in zip(generators, defective) if d]
+            corrupted = self._corrupted_features(indices[defective], chosen)
+            for f, new in zip(features, corrupted): f[defective.to(f.device)] = new
+        return features, defective.to(self.extractor.device)
+
+    def _corrupted_features(self, indices, generators):
         "Features of images with synthetic defects."
         images = self.images[indices].to(self.extractor.device)
         with self.clock('defects'): corrupted, _, _ = self.defects(images, generators)
