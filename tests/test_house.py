@@ -99,21 +99,66 @@ def test_outputs_hold_no_machine_paths_and_no_errors(path):
         assert not found, f'{path.name}: an output holds {outputs[found.start():found.start() + 60]}'
 
 
-def test_modules_import_lower_numbers_only():
-    order = {m.group(1).replace('.', '/'): i for i, p in enumerate(sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')))
-             if (m := re.search(r'#\| default_exp (\S+)', '\n'.join(source(c) for c in cells(p))))}
-    assert len(order) > 10
-    checked = 0
-    for module, number in order.items():
-        for node in ast.walk(ast.parse((ROOT / f'cse/{module}.py').read_text())):
-            above = ['cse', *module.split('/')][:-node.level] if isinstance(node, ast.ImportFrom) and node.level else []
-            names = ['.'.join([*above, node.module])] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            for name in names:
-                if name.startswith('cse.'):
-                    checked += 1
-                    assert order[name.removeprefix('cse.').replace('.', '/')] < number, f'{module} imports {name}'
-                assert name.split('.')[0] not in ('nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'jupyter'), f'{module} imports {name}'
-    assert checked > 20
+# who may import whom: a module imports what stands before it, and in its own wing what has a lower number
+ORDER = ['config', 'data', 'model', 'losses', 'defects', 'extractor', 'scoring', 'training', 'metrics', 'fast',
+         'detector', 'classifier', 'extensions', 'deploy', 'baselines', 'lab', 'cli']
+FOREIGN = 'nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'jupyter'
+
+
+def modules():
+    "Module → place in the order of imports."
+    found = {}
+    for path in NOTEBOOKS:
+        if name := re.search(r'#\| default_exp (\S+)', '\n'.join(map(source, cells(path)))):
+            found[name[1]] = ORDER.index(name[1].split('.')[0]), int(path.stem.split('_')[0])
+    return found
+
+
+def imports(module):
+    "Names of modules that a module imports anywhere."
+    path = ROOT / 'cse' / f'{module.replace(".", "/")}.py'
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ['cse', *module.split('.')][:-node.level] if node.level else []
+            yield '.'.join([*above, node.module])
+
+
+def test_imports_point_one_way():
+    places, checked = modules(), 0
+    assert {m.split('.')[0] for m in places} == set(ORDER)
+    for module, place in places.items():
+        for name in imports(module):
+            assert name.split('.')[0] not in FOREIGN, f'{module} imports {name}'
+            if name.startswith('cse.'):
+                checked += 1
+                assert places[name.removeprefix('cse.')] < place, f'{module} imports {name}'
+    assert checked > 100
+
+
+def code_lines(node, text):
+    "Lines of a definition, without blank ones."
+    return sum(bool(line.strip()) for line in text[node.lineno - 1:node.end_lineno])
+
+
+@pytest.mark.parametrize('module', modules())
+def test_definitions_are_short(module):
+    text = (ROOT / 'cse' / f'{module.replace(".", "/")}.py').read_text().splitlines()
+    for node in ast.parse('\n'.join(text)).body:
+        if isinstance(node, ast.FunctionDef):
+            assert code_lines(node, text) <= 35, f'{module}.{node.name} is long'
+        if isinstance(node, ast.ClassDef):
+            assert code_lines(node, text) <= 130, f'{module}.{node.name} is long'
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef):
+                    assert code_lines(part, text) <= 35, f'{module}.{node.name}.{part.name} is long'
+
+
+def test_the_root_is_small():
+    counts = {p.name: sum(bool(line.strip()) and not line.startswith('#') for line in p.read_text().splitlines())
+              for p in (ROOT / 'cse').glob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+    assert max(counts.values()) <= 300 and sum(counts.values()) <= 2000 and len(counts) <= 12, counts
 
 
 def test_import_is_light():
