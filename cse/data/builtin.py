@@ -47,7 +47,8 @@ def _difference_mask(clean, marred):
 # %% ../../nbs/data/06_builtin.ipynb #d6000002
 def _whole(name, value, low, high):
     "The value as an int. Raises `ValueError` if it is not a whole number in the range."
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    is_whole = isinstance(value, (int, np.integer))
+    if isinstance(value, bool): is_whole = False
     if not is_whole or not low <= value <= high:
         raise ValueError(
             f'{name}={value!r}: expected a whole number from {low} to {high}'
@@ -63,15 +64,19 @@ def _check_defect(category, defect):
     kinds = DEFECTS[category]
     if defect is None or defect in kinds: return
     expected = ', '.join(kinds)
-    raise ValueError(f'defect {defect!r} of {category}: expected None or one of {expected}')
+    raise ValueError(
+        f'defect {defect!r} of {category}: '
+        f'expected None or one of {expected}'
+    )
 
 # %% ../../nbs/data/06_builtin.ipynb #0809bc2a
 def _marred(category, defect, seed, index, draw, shoot):
     "Photographs with a defect; a draw can be too faint to be seen or out of sight."
     size = len(draw().rgb)
+    add_defect = DEFECT_DRAWERS[category][defect]
     for attempt in range(100):
         rng = generator_for(seed, category, defect, index, attempt)
-        yield shoot(DEFECT_DRAWERS[category][defect](rng, draw, size))
+        yield shoot(add_defect(rng, draw, size))
     raise RuntimeError(
         f'{category}, {defect}, image {index}, seed {seed}: '
         'no visible defect in 100 draws'
@@ -104,23 +109,32 @@ def surface_image(
     if defect is None: return clean, np.zeros((size, size), bool)
     for marred in _marred(category, defect, seed, index, draw, shoot):
         mask = _difference_mask(clean, marred)
-        if mask.any(): return np.where(mask[..., None], marred, clean), mask
+        if not mask.any(): continue
+        image = np.where(mask[..., None], marred, clean)
+        return image, mask
 
 # %% ../../nbs/data/06_builtin.ipynb #9da1ab14
 VERSION = 1 # of the drawings; part of the cache folder's name
-FIRST_INDEX = dict(train=0, good=100_000, defective=200_000)
+FIRST_INDEX = dict(
+    train=0,
+    good=100_000,
+    defective=200_000,
+)
 
 def _plan(category, train, good, defective):
     "File below the category, index and defect of every image."
+    first = FIRST_INDEX
     for i in range(train):
-        yield f'train/good/{i:03}.png', FIRST_INDEX['train'] + i, None
+        name = f'train/good/{i:03}.png'
+        yield name, first['train'] + i, None
     for i in range(good):
-        yield f'test/good/{i:03}.png', FIRST_INDEX['good'] + i, None
+        name = f'test/good/{i:03}.png'
+        yield name, first['good'] + i, None
     kinds = DEFECTS[category]
     for i in range(defective):
         kind = kinds[i % len(kinds)]
         name = f'test/{kind}/{i // len(kinds):03}.png'
-        yield name, FIRST_INDEX['defective'] + i, kind
+        yield name, first['defective'] + i, kind
 
 def _save(pixels, path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +147,8 @@ def _write_image(folder, category, seed, name, index, defect):
     _save(image, folder/name)
     if not defect: return
     mask_name = f'{Path(name).stem}_mask.png'
-    _save(mask.astype(np.uint8) * 255, folder/'ground_truth'/defect/mask_name)
+    truth = folder/'ground_truth'/defect
+    _save(mask.astype(np.uint8) * 255, truth/mask_name)
 
 # %% ../../nbs/data/06_builtin.ipynb #6543abcb
 def _read_stamp(target):
@@ -164,7 +179,8 @@ def _write_category(folder, stamp, counts, progress):
     try:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             done = pool.map(write, plan)
-            for _ in tqdm(done, category, len(plan), disable=not progress): pass
+            bar = tqdm(done, category, len(plan), disable=not progress)
+            for _ in bar: pass
         (new/'surfaces.json').write_text(json.dumps(stamp, indent=1))
         _replace_folder(new, folder/category, stamp, temporary/'old')
     finally: shutil.rmtree(temporary, ignore_errors=True)
@@ -183,17 +199,25 @@ def write_surfaces(
 
     Raises `ValueError` for impossible values, `FileExistsError` for a foreign folder."""
     folder = Path(folder)
-    names = (categories,) if isinstance(categories, str) else tuple(categories)
+    if isinstance(categories, str): categories = (categories,)
+    names = tuple(categories)
     if not names:
         expected = ', '.join(DEFECTS)
-        raise ValueError(f'categories={names!r}: expected at least one of {expected}')
+        raise ValueError(
+            f'categories={names!r}: expected at least one of {expected}'
+        )
     for name in names: _check_category(name)
     counts = dict(train=train, good=good, defective=defective)
     counts = {part: _whole(part, n, 1, 100_000) for part, n in counts.items()}
     seed = _whole('seed', seed, 0, 2**63)
     for name in names:
-        stamp = dict(generator='cse.surfaces', version=VERSION, category=name, seed=seed)
-        stamp |= counts
+        stamp = dict(
+            generator='cse.surfaces',
+            version=VERSION,
+            category=name,
+            seed=seed,
+            **counts,
+        )
         if _read_stamp(folder/name) == stamp: continue
         _write_category(folder, stamp, counts, progress)
     return folder
@@ -210,7 +234,9 @@ def builtin_surfaces(
     "Built-in categories in the cache folder (`$CSE_CACHE`), written on first use."
     name = f'surfaces-v{VERSION}-seed{seed}-{train}-{good}-{defective}'
     folder = cache_folder()/name
-    return write_surfaces(folder, categories, seed, train, good, defective, progress)
+    return write_surfaces(
+        folder, categories, seed, train, good, defective, progress
+    )
 
 # %% ../../nbs/data/06_builtin.ipynb #fb659333
 PHOTOGRAPHS = (
@@ -222,28 +248,35 @@ PHOTOGRAPHS = (
 def _shipped(name):
     "A photograph from inside the scikit-image package."
     import skimage.data
-    return Image.fromarray(getattr(skimage.data, name)()).convert('RGB')
+    pixels = getattr(skimage.data, name)()
+    return Image.fromarray(pixels).convert('RGB')
 
 def _random_crop(rng, name, size):
     photo = _shipped(name)
     side = int(min(photo.size) * rng.uniform(.3, .9))
     x, y = (int(rng.integers(0, n - side + 1)) for n in photo.size)
     box = x, y, x + side, y + side
-    return np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC, box))
+    bicubic = Image.Resampling.BICUBIC
+    return np.asarray(photo.resize((size, size), bicubic, box))
 
 def _coloured_pattern(rng, kind, size):
     first = rng.uniform(0, 1, 3).astype(np.float32)
-    second = (first + rng.uniform(.25, .75, 3).astype(np.float32)) % 1
-    pattern = draw_pattern(rng, kind, size) + .04 * fractal_noise(rng, size, 1, 1)
+    step = rng.uniform(.25, .75, 3).astype(np.float32)
+    second = (first + step) % 1
+    pattern = draw_pattern(rng, kind, size)
+    pattern = pattern + .04 * fractal_noise(rng, size, 1, 1)
     rgb = first + (second - first) * pattern[..., None]
     return np.clip(rgb * 255 + .5, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/06_builtin.ipynb #62b373c8
 def _texture(rng, i, size):
     "The texture of an index: a photograph and a pattern in turn."
+    turn = i // 2
     if i % 2 == 0:
-        return _random_crop(rng, PHOTOGRAPHS[i // 2 % len(PHOTOGRAPHS)], size)
-    return _coloured_pattern(rng, PATTERNS[i // 2 % len(PATTERNS)], size)
+        name = PHOTOGRAPHS[turn % len(PHOTOGRAPHS)]
+        return _random_crop(rng, name, size)
+    kind = PATTERNS[turn % len(PATTERNS)]
+    return _coloured_pattern(rng, kind, size)
 
 @functools.lru_cache(maxsize=4)
 def builtin_textures(
@@ -259,6 +292,7 @@ def builtin_textures(
     seed = _whole('seed', seed, 0, 2**63)
     out = np.empty((count, 3, size, size), np.uint8)
     for i in range(count):
-        pixels = _texture(generator_for(seed, 'texture', i), i, size)
+        rng = generator_for(seed, 'texture', i)
+        pixels = _texture(rng, i, size)
         out[i] = np.moveaxis(pixels, -1, 0)
     return out

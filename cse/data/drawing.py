@@ -47,9 +47,15 @@ def plane(
 
 def _fraction(x): return x - np.floor(x)
 
+def _unit(x): return np.clip(x, 0, 1)
+
 def _soft_step(x, width=1.):
     "0 below zero, 1 above, with a linear edge of some width."
-    return np.clip(x / width + .5, 0, 1)
+    return _unit(x / width + .5)
+
+def _bell(x, width):
+    "1 at zero, falling to 0 at a distance of about two widths."
+    return np.exp(-(x / width) ** 2)
 
 # %% ../../nbs/data/07_drawing.ipynb #60e2eb9e
 def _frequencies(size):
@@ -131,7 +137,8 @@ def threads(
     scale = 1 + .01 * rng.normal()
     v = (y * math.cos(a) - x * math.sin(a)) / (pitch[0] * scale)
     u = (y * math.sin(a) + x * math.cos(a)) / (pitch[1] * scale)
-    v, u = wavy(v, (60, 150)), wavy(u, (150, 60))
+    v = wavy(v, (60, 150))
+    u = wavy(u, (150, 60))
     return v + change.dv, u + change.du
 
 def _cell(table, v, u=None):
@@ -171,15 +178,21 @@ def weave(
 ) -> np.ndarray: # Reflectance, about 0 to 1.2
     "Two families of threads, over and under each other."
     over = _over(pattern, v, u)
-    round_v, round_u = np.abs(np.sin(np.pi * v)), np.abs(np.sin(np.pi * u))
+    round_v = np.abs(np.sin(np.pi * v))
+    round_u = np.abs(np.sin(np.pi * u))
     high_warp = round_u + .8 * over - 3 * change.gone_u
     high_weft = round_v - .8 * over - 3 * change.gone_v
     tones = 1 + uneven * rng.standard_normal((2, 512), dtype=np.float32)
-    warp = warp * _cell(tones[0], u) * (1 - relief + relief * round_u)
-    weft = weft * _cell(tones[1], v) * (1 - relief + relief * round_v)
-    warp, weft = warp * (1 + .25 * over), weft * (1 - .25 * over)
-    gap = np.clip(np.maximum(high_warp, high_weft), -1.1, 0) * .35
-    return weft + (warp - weft) * _soft_step(high_warp - high_weft, .3) + gap
+    warp = warp * _cell(tones[0], u)
+    weft = weft * _cell(tones[1], v)
+    warp = warp * (1 - relief + relief * round_u)
+    weft = weft * (1 - relief + relief * round_v)
+    warp = warp * (1 + .25 * over)
+    weft = weft * (1 - .25 * over)
+    highest = np.maximum(high_warp, high_weft)
+    gap = np.clip(highest, -1.1, 0) * .35
+    share = _soft_step(high_warp - high_weft, .3)
+    return weft + (warp - weft) * share + gap
 
 # %% ../../nbs/data/07_drawing.ipynb #787722b9
 def knit(
@@ -192,7 +205,7 @@ def knit(
     "The front of a jersey."
     side = np.abs(_fraction(u) - .5)
     t = v + 1.1 * side
-    leg = np.clip(1 - ((side - .25) / .27) ** 2, 0, 1) ** .6
+    leg = _unit(1 - ((side - .25) / .27) ** 2) ** .6
     shade = .22 + .78 * leg * (.35 + .65 * np.abs(np.sin(np.pi * t)) ** .8)
     tones = rng.standard_normal(512, dtype=np.float32)
     shade = shade * (1 + uneven * _cell(tones, t))
@@ -211,7 +224,8 @@ def _coloured(rng, base, shade, vary=.008):
     "A reflectance times a colour that varies a little from image to image."
     noise = rng.standard_normal(3, dtype=np.float32)
     tint = np.array(base, np.float32) * (1 + vary * noise)
-    return shade[..., None] * (tint * np.float32(1 + .02 * rng.normal()))
+    gain = np.float32(1 + .02 * rng.normal())
+    return shade[..., None] * (tint * gain)
 
 def carpet(rng: Generator, size: int, change: Change) -> Surface:
     "Tufts of mottled wool."
@@ -231,10 +245,10 @@ def carpet(rng: Generator, size: int, change: Change) -> Surface:
 def _wires(across, gone):
     "Coverage, tone, shadow and height of parallel wires."
     t = (_fraction(across) - .5) / .17
-    height = np.sqrt(np.clip(1 - t ** 2, 0, 1))
+    height = np.sqrt(_unit(1 - t ** 2))
     cover = _soft_step(1 - np.abs(t), .25) * (1 - gone)
-    tone = .30 + .42 * height + .30 * np.exp(-((t + .35) / .22) ** 2)
-    shadow = .07 * np.exp(-((t - 1.1) / .5) ** 2) * (1 - gone)
+    tone = .30 + .42 * height + .30 * _bell(t + .35, .22)
+    shadow = .07 * _bell(t - 1.1, .5) * (1 - gone)
     return cover, tone, shadow, height
 
 def grid(rng: Generator, size: int, change: Change) -> Surface:
@@ -259,7 +273,7 @@ def leather(rng: Generator, size: int, change: Change) -> Surface:
     y, x = plane(size)
     fine = band_noise(rng, size, 9, .35)
     coarse = band_noise(rng, size, 22, .4)
-    crease = np.exp(-(fine / .35) ** 2) + .6 * np.exp(-(coarse / .18) ** 2)
+    crease = _bell(fine, .35) + .6 * _bell(coarse, .18)
     slope_y, slope_x = np.gradient(.4 * np.abs(fine) - crease)
     shade = .82 - .16 * crease + .16 * size / 256 * (slope_y + .6 * slope_x)
     shade = shade + .03 * fractal_noise(rng, size, 1, 1)
@@ -301,9 +315,11 @@ def wood(rng: Generator, size: int, change: Change) -> Surface:
     t = .20 + .55 * late
     t = t + .10 * fractal_noise(rng, size, (90, 1.2), 1)
     t = t + .06 * fractal_noise(rng, size, (200, 30))
-    t = np.clip(t + .35 * pores, 0, 1)[..., None]
-    light, dark = np.float32([.76, .55, .36]), np.float32([.40, .23, .13])
-    rgb = (light + (dark - light) * t) * np.float32(1 + .03 * rng.normal())
+    t = _unit(t + .35 * pores)[..., None]
+    light = np.float32([.76, .55, .36])
+    dark = np.float32([.40, .23, .13])
+    gain = np.float32(1 + .03 * rng.normal())
+    rgb = (light + (dark - light) * t) * gain
     return Surface(rgb, v, u)
 
 # %% ../../nbs/data/07_drawing.ipynb #8c1c7dfc
@@ -338,7 +354,8 @@ def textile6(rng: Generator, size: int, change: Change) -> Surface:
     return _woven(rng, size, change, 4.5, HERRINGBONE, .66, warp=.5, uneven=.04)
 
 def _stripes(t):
-    return np.where(_fraction(t / 10) < .5, np.float32(.42), np.float32(1))
+    dark, light = np.float32(.42), np.float32(1)
+    return np.where(_fraction(t / 10) < .5, dark, light)
 
 def textile7(rng: Generator, size: int, change: Change) -> Surface:
     "A check."
@@ -366,10 +383,13 @@ def textile5(rng: Generator, size: int, change: Change) -> Surface:
 def _flowers(v, u):
     "Ink, 0 to 1: flowers of five petals on a staggered lattice, and dots between them."
     column = np.floor(u)
-    a, b = _fraction(v + .5 * (column % 2)) - .5, _fraction(u) - .5
+    a = _fraction(v + .5 * (column % 2)) - .5
+    b = _fraction(u) - .5
     r = np.hypot(a, b)
-    outline = .26 + .10 * np.cos(5 * np.arctan2(a, b) + 2 * (column % 3))
-    petals = _soft_step(outline - r, .05) * _soft_step(r - .08, .05)
+    angle = np.arctan2(a, b)
+    outline = .26 + .10 * np.cos(5 * angle + 2 * (column % 3))
+    centre = _soft_step(r - .08, .05)
+    petals = _soft_step(outline - r, .05) * centre
     to_dot = np.hypot(_fraction(2 * v) / 2 - .25, _fraction(u + .5) - .5)
     return np.maximum(petals, _soft_step(.07 - to_dot, .05))
 
@@ -377,9 +397,12 @@ def textile8(rng: Generator, size: int, change: Change) -> Surface:
     "A flower print on a plain weave."
     cloth = _woven(rng, size, change, 4.5, PLAIN, .74, uneven=.04, relief=.4)
     dv, du, faded = change.ink
-    ink = _flowers((cloth.v + dv) / 12, (cloth.u + du) / 12) * (1 - faded)
+    v, u = (cloth.v + dv) / 12, (cloth.u + du) / 12
+    ink = _flowers(v, u) * (1 - faded)
     uneven = 1 + .06 * fractal_noise(rng, size, 3, 1)
-    return cloth._replace(rgb=cloth.rgb * (1 - .6 * ink * uneven)[..., None])
+    darker = 1 - .6 * ink * uneven
+    rgb = cloth.rgb * darker[..., None]
+    return cloth._replace(rgb=rgb)
 
 # %% ../../nbs/data/07_drawing.ipynb #c84bac5c
 SURFACE_DRAWERS = dict(
@@ -417,7 +440,8 @@ def photograph(
     grey: bool, # Make all channels equal?
 ) -> np.ndarray: # uint8, `size`×`size`×3
     "Light, lens and sensor."
-    size, rgb = len(rgb), np.asarray(rgb, np.float32)
+    size = len(rgb)
+    rgb = np.asarray(rgb, np.float32)
     if grey: rgb = rgb.mean(-1, keepdims=True)
     blur = .5 * size / 256
     rgb = gaussian_filter(rgb, (blur, blur, 0))
@@ -452,7 +476,8 @@ def spot(
     e = math.sqrt(_log_uniform(rng, 1, stretch))
     s = ((x - cx) * math.cos(a) + (y - cy) * math.sin(a)) * e
     t = ((y - cy) * math.cos(a) - (x - cx) * math.sin(a)) / e
-    angle, r = np.arctan2(t, s), np.hypot(s, t)
+    angle = np.arctan2(t, s)
+    r = np.hypot(s, t)
     edge = radius * (1 + _ripple(rng, angle, rough))
     edge = np.maximum(edge, .3 * radius)
     return _soft_step(edge - r, soft), r / edge, angle
@@ -463,7 +488,8 @@ def _curve(rng, s, length, wiggle):
     line = slope = 0
     for k in (1, 2, 3):
         height = wiggle * length / k ** 2 * .5 * rng.normal()
-        w, phase = 1.4 * math.pi * k / length, rng.uniform(0, 7)
+        w = 1.4 * math.pi * k / length
+        phase = rng.uniform(0, 7)
         line = line + height * np.sin(w * s + phase)
         slope = slope + height * w * np.cos(w * s + phase)
     return line, slope
@@ -493,9 +519,12 @@ def stroke(
     t = (y - cy) * math.cos(a) - (x - cx) * math.sin(a)
     line, slope = _curve(rng, s, length, wiggle)
     if jag: line = line + _zigzag(rng, s, length, jag)
-    d, along = (t - line) / np.sqrt(1 + slope ** 2), s * 2 / length
-    half = width / 2 * np.clip(1 - np.abs(along) ** (1 / taper), 0, 1)
-    return _soft_step(half - np.abs(d)) * (np.abs(along) < 1), d, along
+    d = (t - line) / np.sqrt(1 + slope ** 2)
+    along = s * 2 / length
+    position = np.abs(along)
+    half = width / 2 * _unit(1 - position ** (1 / taper))
+    cover = _soft_step(half - np.abs(d)) * (position < 1)
+    return cover, d, along
 
 # %% ../../nbs/data/07_drawing.ipynb #9c135958
 def run_of_thread(
@@ -513,9 +542,10 @@ def run_of_thread(
     i, j = rng.integers(n // 8, n - n // 8, 2)
     across, along = surface.v, surface.u
     if vertical: across, along = along, across
-    from_thread = across - (np.floor(across[i, j]) + np.float32(.5))
-    from_centre = np.abs(along - along[i, j])
-    return vertical, from_thread, from_centre, _log_uniform(rng, low, high) / 2
+    thread = np.floor(across[i, j]) + np.float32(.5)
+    distance = np.abs(along - along[i, j])
+    half = _log_uniform(rng, low, high) / 2
+    return vertical, across - thread, distance, half
 
 def _moved(vertical, shift):
     return Change(du=shift) if vertical else Change(dv=shift)
@@ -528,114 +558,144 @@ def _inside(along, half, soft): return _soft_step(half - along, soft)
 # %% ../../nbs/data/07_drawing.ipynb #d729a867
 Draw = Callable[..., Surface] # draw() or draw(change)
 
+def _shaded(rgb, factor): return rgb * factor[..., None]
+
 def _paint(rgb, colour, alpha):
-    return rgb + (np.asarray(colour, np.float32) - rgb) * alpha[..., None]
+    "Cover a surface with a colour."
+    colour = np.asarray(colour, np.float32)
+    return rgb + (colour - rgb) * alpha[..., None]
 
 def stain(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A coloured stain, a little darker at its rim."
-    radius, soft = _log_uniform(rng, 8, 42), _log_uniform(rng, 1.5, 8)
+    radius = _log_uniform(rng, 8, 42)
+    soft = _log_uniform(rng, 1.5, 8)
     a, r, _ = spot(rng, size, radius, soft=soft)
-    rim = .75 + .25 * np.clip(r, 0, 1) ** 6
+    rim = .75 + .25 * _unit(r) ** 6
     depth = a * _log_uniform(rng, .15, .65) * rim
     tint = rng.uniform(.2, 1, 3).astype(np.float32)
-    return draw().rgb * (1 - depth[..., None] * (1 - .6 * tint / tint.max()))
+    absorbed = 1 - .6 * tint / tint.max()
+    return draw().rgb * (1 - depth[..., None] * absorbed)
 
 def oil(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A liquid that darkens what it soaks."
-    radius, soft = _log_uniform(rng, 8, 42), _log_uniform(rng, 1.5, 10)
+    radius = _log_uniform(rng, 8, 42)
+    soft = _log_uniform(rng, 1.5, 10)
     a, r, _ = spot(rng, size, radius, rough=.3, soft=soft)
-    rim = .8 + .2 * np.clip(r, 0, 1) ** 6
+    rim = .8 + .2 * _unit(r) ** 6
     depth = a * _log_uniform(rng, .12, .55) * rim
-    return draw().rgb * (1 - depth)[..., None]
+    return _shaded(draw().rgb, 1 - depth)
 
 def glue(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A translucent film: it blurs the surface and has a glossy rim."
     rgb = draw().rgb
-    a, r, angle = spot(rng, size, _log_uniform(rng, 12, 40), rough=.3, soft=2)
-    lit = np.clip(np.cos(angle - rng.uniform(0, 7)), 0, 1)
-    gloss = np.exp(-((r - .82) / .1) ** 2) * lit
+    radius = _log_uniform(rng, 12, 40)
+    a, r, angle = spot(rng, size, radius, rough=.3, soft=2)
+    light = rng.uniform(0, 7)
+    lit = _unit(np.cos(angle - light))
+    gloss = _bell(r - .82, .1) * lit
     blur = 2.2 * size / 256
-    film = gaussian_filter(rgb, (blur, blur, 0)) * rng.uniform(.9, 1.15)
+    film = gaussian_filter(rgb, (blur, blur, 0))
+    film = film * rng.uniform(.9, 1.15)
     film = film + .25 * gloss[..., None]
-    return _paint(rgb, film, a * rng.uniform(.55, 1))
+    alpha = a * rng.uniform(.55, 1)
+    return _paint(rgb, film, alpha)
 
 def metal(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A chip of metal."
     radius = _log_uniform(rng, 4, 12)
     a, r, angle = spot(rng, size, radius, rough=.1, stretch=6)
-    tone, light = rng.uniform(.45, .85), rng.uniform(0, 7)
-    lit = tone + .3 * np.clip(1 - r, 0, 1) * np.cos(angle - light)
+    tone = rng.uniform(.45, .85)
+    light = rng.uniform(0, 7)
+    lit = tone + .3 * _unit(1 - r) * np.cos(angle - light)
     colour = lit[..., None] * np.float32([1, .98, .95])
-    return _paint(draw().rgb, colour, a * rng.uniform(.7, 1))
+    alpha = a * rng.uniform(.7, 1)
+    return _paint(draw().rgb, colour, alpha)
 
 # %% ../../nbs/data/07_drawing.ipynb #d7000004
 def loose_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A foreign thread and its shadow."
-    rgb, w = draw().rgb, rng.uniform(2, 5)
+    rgb = draw().rgb
+    w = rng.uniform(2, 5)
     length = _log_uniform(rng, 50, 180)
     a, d, along = stroke(rng, size, length, w, wiggle=.3, taper=.1)
     dark = rng.random() < .5
     factor = rng.uniform(.15, .5) if dark else rng.uniform(1.4, 2.1)
     tint = rng.uniform(.9, 1.1, 3).astype(np.float32)
     tone = rgb.mean((0, 1)) * factor * tint
-    flank = 1 - .35 * np.clip(np.abs(d) / w * 2, 0, 1) ** 2
-    shadow = .22 * np.exp(-((d - w * .8) / w) ** 2) * (np.abs(along) < 1)
-    ground = rgb * (1 - shadow)[..., None]
-    return _paint(ground, tone * flank[..., None], a * rng.uniform(.75, 1))
+    flank = 1 - .35 * _unit(np.abs(d) / w * 2) ** 2
+    shadow = .22 * _bell(d - w * .8, w) * (np.abs(along) < 1)
+    ground = _shaded(rgb, 1 - shadow)
+    alpha = a * rng.uniform(.75, 1)
+    return _paint(ground, tone * flank[..., None], alpha)
 
 def smear(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A streaky brush of dirt."
-    rgb, w = draw().rgb, rng.uniform(8, 24)
-    a, d, _ = stroke(rng, size, _log_uniform(rng, 40, 200), w, taper=.2)
-    streaks = np.interp(d, np.linspace(-w, w, 24), rng.uniform(.3, 1, 24))
+    rgb = draw().rgb
+    w = rng.uniform(8, 24)
+    length = _log_uniform(rng, 40, 200)
+    a, d, _ = stroke(rng, size, length, w, taper=.2)
+    places = np.linspace(-w, w, 24)
+    tones = rng.uniform(.3, 1, 24)
+    streaks = np.interp(d, places, tones)
     colour = rgb.mean((0, 1)) * rng.uniform(.35, .8)
-    return _paint(rgb, colour, a * streaks * _log_uniform(rng, .4, .9))
+    alpha = a * streaks * _log_uniform(rng, .4, .9)
+    return _paint(rgb, colour, alpha)
 
 # %% ../../nbs/data/07_drawing.ipynb #2ffb5e39
 def hole(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A dark hole with a frayed rim."
     rgb = draw().rgb
-    _, r, _ = spot(rng, size, _log_uniform(rng, 4, 17), rough=.3)
+    radius = _log_uniform(rng, 4, 17)
+    _, r, _ = spot(rng, size, radius, rough=.3)
     r = r * (1 + .13 * fractal_noise(rng, size, 2.5)) + .05
     strength = _sign(rng) * rng.uniform(.05, .3)
-    rim = strength * np.exp(-((r - 1.12) / .14) ** 2)
+    rim = strength * _bell(r - 1.12, .14)
     colour = rgb.mean((0, 1)) * rng.uniform(.05, .35)
-    return _paint(rgb * (1 + rim)[..., None], colour, _soft_step((1 - r) * 5))
+    inside = _soft_step((1 - r) * 5)
+    return _paint(_shaded(rgb, 1 + rim), colour, inside)
 
 def cut(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A dark slit with a bright lip."
-    rgb, w = draw().rgb, rng.uniform(2.5, 7)
+    rgb = draw().rgb
+    w = rng.uniform(2.5, 7)
     length = _log_uniform(rng, 30, 140)
     a, d, along = stroke(rng, size, length, w, wiggle=.06)
-    lip = rng.uniform(.1, .3) * np.exp(-((d - w * .7) / 1.2) ** 2)
+    lip = rng.uniform(.1, .3) * _bell(d - w * .7, 1.2)
     lip = lip * (np.abs(along) < .9)
     colour = rgb.mean((0, 1)) * rng.uniform(.1, .4)
-    return _paint(rgb * (1 + lip)[..., None], colour, a * rng.uniform(.8, 1))
+    alpha = a * rng.uniform(.8, 1)
+    return _paint(_shaded(rgb, 1 + lip), colour, alpha)
 
 def scratch(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "One to three thin lines, light or dark."
     rgb = draw().rgb
     for _ in range(rng.integers(1, 4)):
-        length, width = _log_uniform(rng, 40, 200), rng.uniform(1.4, 3.5)
+        length = _log_uniform(rng, 40, 200)
+        width = rng.uniform(1.4, 3.5)
         a, *_ = stroke(rng, size, length, width, wiggle=.05)
-        rgb = rgb * (1 + a * _sign(rng) * _log_uniform(rng, .18, .6))[..., None]
+        tone = a * _sign(rng) * _log_uniform(rng, .18, .6)
+        rgb = _shaded(rgb, 1 + tone)
     return rgb
 
 def crack(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A jagged dark line."
-    length, width = _log_uniform(rng, 60, 260), rng.uniform(1.8, 4.5)
+    length = _log_uniform(rng, 60, 260)
+    width = rng.uniform(1.8, 4.5)
     a, *_ = stroke(rng, size, length, width, wiggle=.08, jag=1.6, taper=.3)
-    return draw().rgb * (1 - _log_uniform(rng, .4, .85) * a)[..., None]
+    depth = _log_uniform(rng, .4, .85) * a
+    return _shaded(draw().rgb, 1 - depth)
 
 # %% ../../nbs/data/07_drawing.ipynb #d7000005
 def poke(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "One to three dents."
     rgb = draw().rgb
     for _ in range(rng.integers(1, 4)):
-        _, r, angle = spot(rng, size, _log_uniform(rng, 3, 10), rough=.08)
+        radius = _log_uniform(rng, 3, 10)
+        _, r, angle = spot(rng, size, radius, rough=.08)
         shadow = rng.uniform(.3, .75) * np.exp(-2 * r ** 2)
-        light = rng.uniform(.2, .5) * r * np.exp(-r ** 2) * np.cos(angle - 1)
-        rgb = rgb * (1 - shadow + light)[..., None]
+        light = rng.uniform(.2, .5) * r
+        light = light * np.exp(-r ** 2) * np.cos(angle - 1)
+        rgb = _shaded(rgb, 1 - shadow + light)
     return rgb
 
 def fold(rng: Generator, draw: Draw, size: int) -> np.ndarray:
@@ -645,9 +705,10 @@ def fold(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     _, d, along = stroke(rng, size, length, w, wiggle=.08)
     strength = _sign(rng) * _log_uniform(rng, .2, .6) * 1.6
     flanks = strength * d / w * np.exp(.5 - 2 * (d / w) ** 2)
-    line = .2 * np.exp(-(d / 1.2) ** 2)
-    fading = np.clip(1 - along ** 2, 0, 1)
-    return draw().rgb * (1 + (flanks - line) * fading)[..., None]
+    line = .2 * _bell(d, 1.2)
+    fading = _unit(1 - along ** 2)
+    light = (flanks - line) * fading
+    return _shaded(draw().rgb, 1 + light)
 
 def rough(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A patch whose polish is gone."
@@ -656,21 +717,24 @@ def rough(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     strength = a * _log_uniform(rng, .15, .45)
     length = round(rng.uniform(2, 5), 1)
     noise = fractal_noise(rng, size, length, 1)
-    return draw().rgb * (1 + strength * noise)[..., None]
+    return _shaded(draw().rgb, 1 + strength * noise)
 
 # %% ../../nbs/data/07_drawing.ipynb #6792e97f
 def bent(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A wire bent to one side."
     vertical, t, p, half = run_of_thread(rng, draw(), 1.5, 4)
-    where = np.exp(-3 * (p / half) ** 2) * np.clip(1.4 - np.abs(t), 0, 1)
-    shift = where * (_sign(rng) * _log_uniform(rng, .2, .6))
+    near = np.exp(-3 * (p / half) ** 2)
+    where = near * _unit(1.4 - np.abs(t))
+    strength = _sign(rng) * _log_uniform(rng, .2, .6)
+    shift = where * strength
     return draw(_moved(vertical, shift)).rgb
 
 def broken(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A piece of wire missing."
     vertical, t, p, half = run_of_thread(rng, draw(), .5, 2.6)
     where = (np.abs(t) < .5) & (p < half)
-    return draw(_removed(vertical, where.astype(np.float32))).rgb
+    where = where.astype(np.float32)
+    return draw(_removed(vertical, where)).rgb
 
 def missing_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A thread missing over a stretch."
@@ -681,22 +745,26 @@ def missing_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
 def double_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A thread of double width that pushes its neighbours aside."
     vertical, t, p, half = run_of_thread(rng, draw(), 6, 60)
-    reach = np.clip((3.5 - np.abs(t)) / 2.5, 0, 1)
-    push = np.sign(t) * np.minimum(np.abs(t), reach) * _inside(p, half, 4)
-    return draw(_moved(vertical, push * -rng.uniform(.35, .6))).rgb
+    reach = _unit((3.5 - np.abs(t)) / 2.5)
+    push = np.sign(t) * np.minimum(np.abs(t), reach)
+    push = push * _inside(p, half, 4)
+    push = push * -rng.uniform(.35, .6)
+    return draw(_moved(vertical, push)).rgb
 
 def pulled_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A tight thread that draws its neighbours towards it."
     vertical, t, p, half = run_of_thread(rng, draw(), 10, 50)
-    tight = np.clip(1 - (p / half) ** 2, 0, 1)
-    reach = np.clip(1 - np.abs(t) / 4, 0, 1) ** 2
-    pinch = np.sign(t) * np.minimum(np.abs(t), reach) * tight
+    tight = _unit(1 - (p / half) ** 2)
+    reach = _unit(1 - np.abs(t) / 4) ** 2
+    pinch = np.sign(t) * np.minimum(np.abs(t), reach)
+    pinch = pinch * tight
     pinch = pinch * _log_uniform(rng, .25, .9)
-    slip = .6 * np.sin(np.clip(p / half, 0, 1) * math.pi)
-    slip = slip * np.exp(-(t / 1.5) ** 2)
+    slip = .6 * np.sin(_unit(p / half) * math.pi)
+    slip = slip * _bell(t, 1.5)
     change = Change(slip, pinch) if vertical else Change(pinch, slip)
-    gloss = _sign(rng) * rng.uniform(.1, .3) * np.exp(-(t / .6) ** 2) * tight
-    return draw(change).rgb * (1 + gloss)[..., None]
+    strength = _sign(rng) * rng.uniform(.1, .3)
+    gloss = strength * _bell(t, .6) * tight
+    return _shaded(draw(change).rgb, 1 + gloss)
 
 # %% ../../nbs/data/07_drawing.ipynb #d7000006
 def wrong_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
@@ -705,24 +773,28 @@ def wrong_thread(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     _, t, p, half = run_of_thread(rng, surface, 20, 90)
     strength = _sign(rng) * _log_uniform(rng, .2, .6)
     reach = .6 if rng.random() < .5 else 1.1
-    tone = strength * _soft_step(reach - np.abs(t), .3) * _inside(p, half, 1)
-    return surface.rgb * (1 + tone)[..., None]
+    tone = strength * _soft_step(reach - np.abs(t), .3)
+    tone = tone * _inside(p, half, 1)
+    return _shaded(surface.rgb, 1 + tone)
 
 def slub(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A thick, round piece of yarn."
     surface = draw()
     _, t, p, half = run_of_thread(rng, surface, 5, 16)
     width = rng.uniform(1.3, 2.6)
-    body = np.clip(1 - (p / half) ** 2 - (t / width) ** 2, 0, 1)
-    shade = np.sqrt(body) * (1 - .25 * t) * rng.uniform(.9, 1.45)
+    body = _unit(1 - (p / half) ** 2 - (t / width) ** 2)
+    shade = np.sqrt(body) * (1 - .25 * t)
+    shade = shade * rng.uniform(.9, 1.45)
     colour = surface.rgb.mean((0, 1)) * shade[..., None]
-    alpha = _soft_step(body - .15, .3) * rng.uniform(.7, 1)
+    alpha = _soft_step(body - .15, .3)
+    alpha = alpha * rng.uniform(.7, 1)
     return _paint(surface.rgb, colour, alpha)
 
 def ladder(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "Dropped stitches."
     _, t, p, half = run_of_thread(rng, draw(), 6, 32, vertical=True)
-    dropped = (np.abs(t) < .5) * _inside(p, half, 1) * rng.uniform(.4, 1)
+    dropped = (np.abs(t) < .5) * _inside(p, half, 1)
+    dropped = dropped * rng.uniform(.4, 1)
     return draw(Change(gone_u=dropped)).rgb
 
 # %% ../../nbs/data/07_drawing.ipynb #11b25d01
@@ -735,13 +807,14 @@ def knot(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     dy, dx = y - y[centre], x - x[centre]
     near = np.exp(-(dy / (2.2 * radius)) ** 2 - np.abs(dx) / (1.5 * radius))
     aside = -np.sign(dx) * np.minimum(np.abs(dx), radius * 1.1) * near
-    rings = .30 + .12 * np.cos(r * radius * 2.2) - .12 * np.clip(r - .7, 0, 1)
+    rings = .30 + .12 * np.cos(r * radius * 2.2) - .12 * _unit(r - .7)
     colour = rings[..., None] * np.float32([1.25, .8, .5])
     return _paint(draw(Change(du=aside)).rgb, colour, a * rng.uniform(.6, 1))
 
 def misprint(rng: Generator, draw: Draw, size: int) -> np.ndarray:
     "A patch where the ink slipped or faded."
-    a, *_ = spot(rng, size, _log_uniform(rng, 18, 50), soft=2)
+    radius = _log_uniform(rng, 18, 50)
+    a, *_ = spot(rng, size, radius, soft=2)
     if rng.random() < .5:
         ink = 0, 0, a * rng.uniform(.25, 1)
     else:
@@ -798,7 +871,7 @@ def _cells(rng, size, period):
     points = rng.uniform(-140, 140, (int((280 / period) ** 2), 2))
     distances, _ = cKDTree(points).query(np.stack([y, x], -1), 2)
     near, second = np.moveaxis(distances, -1, 0)
-    return np.clip((second - near) / period * 2.5, 0, 1)
+    return _unit((second - near) / period * 2.5)
 
 def draw_pattern(
     rng: Generator, # Source of the draws
@@ -824,5 +897,5 @@ def draw_pattern(
         return .5 + .5 * np.sin(2 * math.pi * s / 2 + veins)
     if kind == 'clouds':
         noise = fractal_noise(rng, size, round(2 * period), 1)
-        return np.clip(.5 + .3 * noise, 0, 1)
+        return _unit(.5 + .3 * noise)
     return _cells(rng, size, period)
