@@ -1,4 +1,4 @@
-"The TILDA release: found by its file names, split by a seed, identified by what is used."
+"The TILDA release: found by file names, split by a seed, identified by what is used."
 import random
 import shutil
 from collections import Counter
@@ -10,8 +10,10 @@ from PIL import Image
 
 from cse import Config
 from cse.config import TILDA_FABRICS, ConfigError, fingerprint
+from cse.data.folders import categories, load_category, published_name
+from cse.data.folders import category_fingerprint, files_fingerprint
+from cse.data.folders import tilda_frames, tilda_split
 from cse.data.images import DataError, Images, image_files
-from cse.data.folders import categories, category_fingerprint, files_fingerprint, load_category, published_name, tilda_frames, tilda_split
 
 
 def write_release(root, fabric='C1R1', count=4, size=(12, 8), name='{}E{}N{}.TIF'):
@@ -36,7 +38,8 @@ def test_types_are_found_by_the_names_of_their_frames(release):
     assert categories(release) == ['tilda1', 'tilda3']
     category = load_category(release, 'tilda3')
     assert category.name == 'tilda3' and category.masks is None
-    assert len(category.train) == 3 and Counter(category.defects) == {'good': 1, **{f'E{k}': 4 for k in range(1, 8)}}
+    assert len(category.train) == 3
+    assert Counter(category.defects) == {'good': 1, **{f'E{k}': 4 for k in range(1, 8)}}
     assert category.defects[0] == 'good' and category.labels.tolist() == [0] + [1] * 28
     assert all('C2R2E0N' in p.name for p in category.train + category.test[:1])
     assert all(f'C2R2{d}N' in p.name for p, d in zip(category.test[1:], category.defects[1:]))
@@ -45,25 +48,39 @@ def test_types_are_found_by_the_names_of_their_frames(release):
 def test_the_mapping_is_a_setting(release):
     order = ','.join(reversed(TILDA_FABRICS))
     assert categories(release, Config(tilda_types=order)) == ['tilda6', 'tilda8']
-    there, usual = load_category(release, 'tilda8', Config(tilda_types=order)), load_category(release, 'tilda1')
-    assert there.train == usual.train and there.test == usual.test and category_fingerprint(there) == category_fingerprint(usual)
+    there = load_category(release, 'tilda8', Config(tilda_types=order))
+    usual = load_category(release, 'tilda1')
+    assert there.train == usual.train and there.test == usual.test
+    assert category_fingerprint(there) == category_fingerprint(usual)
 
 
-@pytest.mark.parametrize('types', ['c1r1', 'c9r9,' + ','.join(TILDA_FABRICS[1:]), 'c1r3,' + ','.join(TILDA_FABRICS[1:]), '', ',' * 7])
+REST = ','.join(TILDA_FABRICS[1:])
+
+
+@pytest.mark.parametrize('types', ['c1r1', f'c9r9,{REST}', f'c1r3,{REST}', '', ',' * 7])
 def test_a_wrong_mapping_is_refused(types):
     with pytest.raises(ConfigError, match='tilda_types=.*expected each of c1r1, c1r3, .* once'):
         Config(tilda_types=types)
 
 
-@pytest.mark.parametrize('values', [dict(tilda_types=3), dict(tilda_train_share=0), dict(tilda_train_share=1.0), dict(tilda_split_seed=-1),
-                                    dict(tilda_split_seed=0.5)])
+WRONG = [
+    dict(tilda_types=3),
+    dict(tilda_train_share=0),
+    dict(tilda_train_share=1.0),
+    dict(tilda_split_seed=-1),
+    dict(tilda_split_seed=0.5),
+]
+
+
+@pytest.mark.parametrize('values', WRONG)
 def test_other_settings_have_limits(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         Config(**values)
 
 
 def test_which_files_are_used_is_no_part_of_the_fingerprint_of_the_settings():
-    changed = dict(tilda_types=','.join(reversed(TILDA_FABRICS)), tilda_train_share=0.5, tilda_split_seed=3)
+    types = ','.join(reversed(TILDA_FABRICS))
+    changed = dict(tilda_types=types, tilda_train_share=0.5, tilda_split_seed=3)
     assert fingerprint(Config.paper(**changed)) == fingerprint(Config.paper()) == '1d2e24903451'
     assert fingerprint(Config.smoke(**changed)) == fingerprint(Config.smoke()) == '888996ff6b8f'
 
@@ -71,8 +88,10 @@ def test_which_files_are_used_is_no_part_of_the_fingerprint_of_the_settings():
 @pytest.mark.parametrize('seed', range(3))
 def test_no_frame_is_in_two_sets(release, seed):
     for share in (0.1, 0.5, 0.9):
-        category = load_category(release, 'tilda1', Config(tilda_split_seed=seed, tilda_train_share=share))
-        assert len(set(category.train) | set(category.test)) == len(category.train) + len(category.test) == 32
+        config = Config(tilda_split_seed=seed, tilda_train_share=share)
+        category = load_category(release, 'tilda1', config)
+        train, test = category.train, category.test
+        assert len(set(train) | set(test)) == len(train) + len(test) == 32
         assert category.train and 0 in category.labels
 
 
@@ -89,7 +108,9 @@ def test_the_published_split_stays_what_it_is():
 
 def test_a_draw_elsewhere_does_not_move_the_split():
     before = tilda_split('c4r3')
-    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
     assert tilda_split('c4r3') == before
 
 
@@ -117,7 +138,8 @@ def test_the_fingerprint_is_that_of_what_is_used(release):
 
 def test_the_fingerprint_in_mvtec_layout_is_that_of_the_folder(surface):
     category = load_category(surface, 'gravel')
-    assert category_fingerprint(category) == files_fingerprint(image_files(surface / 'gravel'), surface / 'gravel')
+    folder = surface / 'gravel'
+    assert category_fingerprint(category) == files_fingerprint(image_files(folder), folder)
     assert [category.place(p) for p in category.test[-2:]] == ['test/bar/01.png', 'test/bar/02.png']
 
 
@@ -153,18 +175,75 @@ def test_frames_become_images(tmp_path):
         assert image.shape == (3, 224, 224) and torch.equal(image[0], image[2])
 
 
+def frame(release, name):
+    return next(release.rglob(f'{name}.TIF'))
+
+
+def remove_frame(name):
+    return lambda release: frame(release, name).unlink()
+
+
+def remove_folders(*names):
+    def damage(release):
+        for name in names:
+            shutil.rmtree(release / name)
+    return damage
+
+
+def copy_frame(name):
+    return lambda release: shutil.copy(frame(release, 'C1R1E0N1'), release / name)
+
+
+def keep_first_frames(release):
+    for path in release.rglob('C1*N[234].TIF'):
+        path.unlink()
+
+
 DAMAGE = {
-    'one frame missing': (lambda r: next(r.rglob('C1R1E3N2.TIF')).unlink(), ['TILDA', 'tilda1 lacks 1 of 32 frames (c1r1e3n2.tif)', 'N1 to N4', 'E0 to E7']),
-    'last frame of a kind missing': (lambda r: next(r.rglob('C1R1E5N4.TIF')).unlink(), ['lacks 1 of 32', 'c1r1e5n4.tif']),
-    'a kind missing': (lambda r: shutil.rmtree(r / 'C1/R1/E6'), ['lacks 4 of 32', 'c1r1e6n1.tif, c1r1e6n2.tif']),
-    'no good frames': (lambda r: shutil.rmtree(r / 'C1/R1/E0'), ['lacks 4 of 32', 'c1r1e0n1.tif']),
-    'many missing': (lambda r: [shutil.rmtree(r / f'C1/R1/E{k}') for k in (1, 2)], ['lacks 8 of 32', 'and 3 more']),
-    'one frame of each kind': (lambda r: [p.unlink() for n in '234' for p in r.rglob(f'C1*N{n}.TIF')], ['TILDA', 'lacks 8 of 16', 'c1r1e0n2.tif', 'N1 to N2']),
-    'a frame twice': (lambda r: shutil.copy(next(r.rglob('C1R1E0N1.TIF')), r / 'c1r1e0n01.tif'), ['c1r1e0n01.tif', 'the same frame as', 'C1R1E0N1.TIF', 'once']),
-    'an unknown fabric': (lambda r: shutil.copy(next(r.rglob('C1R1E0N1.TIF')), r / 'c9r9e0n1.tif'), ['c9r9e0n1.tif', 'no frame of TILDA', 'c1r1, c1r3']),
-    'an unknown kind': (lambda r: shutil.copy(next(r.rglob('C1R1E0N1.TIF')), r / 'c1r1e8n1.tif'), ['c1r1e8n1.tif', 'E0 to E7']),
-    'nothing left': (lambda r: shutil.rmtree(r / 'C1') or shutil.rmtree(r / 'C2'), ['TILDA', 'holds no category', 'train/good', 'C1R1E0N1.TIF']),
-    'no folder': (lambda r: shutil.rmtree(r), ['TILDA', 'no such folder', 'MVTec layout, or a TILDA release']),
+    'one frame missing': (
+        remove_frame('C1R1E3N2'),
+        ['TILDA', 'tilda1 lacks 1 of 32 frames (c1r1e3n2.tif)', 'N1 to N4', 'E0 to E7'],
+    ),
+    'last frame of a kind missing': (
+        remove_frame('C1R1E5N4'),
+        ['lacks 1 of 32', 'c1r1e5n4.tif'],
+    ),
+    'a kind missing': (
+        remove_folders('C1/R1/E6'),
+        ['lacks 4 of 32', 'c1r1e6n1.tif, c1r1e6n2.tif'],
+    ),
+    'no good frames': (
+        remove_folders('C1/R1/E0'),
+        ['lacks 4 of 32', 'c1r1e0n1.tif'],
+    ),
+    'many missing': (
+        remove_folders('C1/R1/E1', 'C1/R1/E2'),
+        ['lacks 8 of 32', 'and 3 more'],
+    ),
+    'one frame of each kind': (
+        keep_first_frames,
+        ['TILDA', 'lacks 8 of 16', 'c1r1e0n2.tif', 'N1 to N2'],
+    ),
+    'a frame twice': (
+        copy_frame('c1r1e0n01.tif'),
+        ['c1r1e0n01.tif', 'the same frame as', 'C1R1E0N1.TIF', 'once'],
+    ),
+    'an unknown fabric': (
+        copy_frame('c9r9e0n1.tif'),
+        ['c9r9e0n1.tif', 'no frame of TILDA', 'c1r1, c1r3'],
+    ),
+    'an unknown kind': (
+        copy_frame('c1r1e8n1.tif'),
+        ['c1r1e8n1.tif', 'E0 to E7'],
+    ),
+    'nothing left': (
+        remove_folders('C1', 'C2'),
+        ['TILDA', 'holds no category', 'train/good', 'C1R1E0N1.TIF'],
+    ),
+    'no folder': (
+        shutil.rmtree,
+        ['TILDA', 'no such folder', 'MVTec layout, or a TILDA release'],
+    ),
 }
 
 
