@@ -9,6 +9,7 @@ __all__ = ['PLAIN', 'FeatureBatch', 'PassThrough', 'BaselineHead', 'FeatureLoade
 # %% ../../nbs/baselines/02_anomalib.ipynb #31fc1d83
 import io
 import logging
+import math
 import signal
 import sys
 import tempfile
@@ -16,23 +17,21 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-from ..config import Config, ConfigError
+from ..config import Config
 from ..data.seeds import seed_for, seeded
 from ..fast.cache import FeatureCache
 from ..training import TrainingError
-from .features import PublishedMethod, global_seed
+from .features import Maps, PublishedMethod, global_seed
 
 # %% ../../nbs/baselines/02_anomalib.ipynb #0603c92b
 class FeatureBatch:
     "Features of a batch, in place of its images."
     def __init__(self,
-        maps: list[torch.Tensor], # N×C×H×W a layer, finest first
+        maps: Maps, # Finest first
         side: int, # Side of the images, pixels
     ):
         self.maps = list(maps)
@@ -46,7 +45,7 @@ class FeatureBatch:
 class PassThrough(nn.Module):
     "Takes the place of anomalib's extractor, and returns the features it is given."
     def __init__(self,
-        features: list[torch.Tensor], # N×C×H×W a layer; only shapes are kept
+        features: Maps, # Only shapes are kept
         named: bool = True, # Return a dict, as most methods expect, or a list
     ):
         super().__init__()
@@ -62,7 +61,7 @@ class PassThrough(nn.Module):
 
     def forward(self,
         batch: FeatureBatch, # In place of the images
-    ) -> dict[str, torch.Tensor] | list[torch.Tensor]: # Its maps
+    ) -> dict[str, Tensor] | Maps: # Its maps
         "The features of a batch, by name or as a list."
         if not self.named: return batch.maps
         return dict(zip(self.layers, batch.maps))
@@ -79,8 +78,8 @@ class BaselineHead(nn.Module):
         self.side = side
 
     def forward(self,
-        *features: torch.Tensor, # N×C×H×W a layer, finest first
-    ) -> tuple[torch.Tensor, torch.Tensor]: # N scores; N×side×side maps
+        *features: Tensor, # Finest first
+    ) -> tuple[Tensor, Tensor]: # N scores; N×side×side maps
         "Scores and maps as anomalib returns them."
         found = self.model(FeatureBatch(features, self.side))
         maps = found.anomaly_map.reshape(-1, self.side, self.side)
@@ -102,7 +101,7 @@ class FeatureLoader:
         self.epoch = 0
 
     def __len__(self) -> int: # Batches an epoch
-        return -(-len(self.cache) // self.config.batch_size)
+        return math.ceil(len(self.cache) / self.config.batch_size)
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
         # the word is part of the seed: another one gives other batches
@@ -212,18 +211,8 @@ class Baseline(PublishedMethod):
     """A method of anomalib as a detector.
 
     Subclasses define `module(features)`, which returns a Lightning module of anomalib."""
+    packages = ('anomalib',)
     optimizer = {} # hyperparameters besides learning rate and weight decay
-
-    def __init__(self,
-        config: Config | None = None, # Every setting; `Config.paper()` if None
-        textures: str | Path | None = None, # Not used: no synthetic defects
-        seed: int = 0, # Seed of everything random
-        original: str | None = None, # Extractor of the original form
-    ):
-        if not find_spec('anomalib'):
-            missing = f'{type(self).__name__} needs anomalib, which is not installed'
-            raise ConfigError(f"{missing}: pip install 'cse[baselines]'")
-        super().__init__(config, textures, seed, original)
 
     def _learn(self, cache, progress):
         config, name = self.config, type(self).__name__

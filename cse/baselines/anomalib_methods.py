@@ -8,8 +8,9 @@ __all__ = ['PatchCore', 'PaDiM', 'CFA', 'FastFlow']
 # %% ../../nbs/baselines/03_anomalib_methods.ipynb #4ffaddac
 from unittest.mock import patch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from ..data.images import DataError
+from .features import Maps
 from .anomalib import PLAIN, Baseline, PassThrough, pre_processor_for
 
 # %% ../../nbs/baselines/03_anomalib_methods.ipynb #555754c6
@@ -27,7 +28,7 @@ class PatchCore(Baseline):
     parameters = dict(coreset_sampling_ratio=0.1, num_neighbors=1)
 
     def module(self,
-        features: list[torch.Tensor], # N×C×H×W a layer, finest first
+        features: Maps, # Finest first
     ) -> nn.Module: # A Lightning module
         "anomalib's PatchCore on features."
         from anomalib.models import Patchcore
@@ -50,7 +51,7 @@ class PaDiM(Baseline):
     parameters = dict(n_features=100)
 
     def module(self,
-        features: list[torch.Tensor], # N×C×H×W a layer, finest first
+        features: Maps, # Finest first
     ) -> nn.Module: # A Lightning module
         "anomalib's PaDiM on features. Raises `DataError` for a single image."
         if len(features[0]) < 2:
@@ -67,7 +68,12 @@ class PaDiM(Baseline):
 # %% ../../nbs/baselines/03_anomalib_methods.ipynb #5757e516
 class CFA(Baseline):
     "Features adapted to coupled hyperspheres (Lee et al. 2022)."
-    settings = dict(epochs=30, batch_size=4, lr=1e-3, weight_decay=5e-4)
+    settings = dict(
+        epochs=30,
+        batch_size=4,
+        lr=1e-3,
+        weight_decay=5e-4,
+    )
     published = dict(resize=256, crop=224, layers=(1, 2, 3))
     parameters = dict(
         gamma_c=1,
@@ -78,7 +84,7 @@ class CFA(Baseline):
     )
 
     def module(self,
-        features: list[torch.Tensor], # N×C×H×W a layer, finest first
+        features: Maps, # Finest first
     ) -> nn.Module: # A Lightning module
         "anomalib's CFA on features."
         from anomalib.models import Cfa
@@ -95,13 +101,18 @@ class CFA(Baseline):
 # %% ../../nbs/baselines/03_anomalib_methods.ipynb #6466cada
 class FastFlow(Baseline):
     "Likelihood of features under a 2-D normalising flow (Yu et al. 2021)."
-    settings = dict(epochs=500, batch_size=32, lr=1e-3, weight_decay=1e-5)
+    settings = dict(
+        epochs=500,
+        batch_size=32,
+        lr=1e-3,
+        weight_decay=1e-5,
+    )
     smoke = dict(epochs=10)
     published = dict(resize=256, crop=256, layers=(1, 2, 3))
     parameters = dict(flow_steps=8, conv3x3_only=False, hidden_ratio=1.0)
 
     def module(self,
-        features: list[torch.Tensor], # N×C×H×W a layer, finest first
+        features: Maps, # Finest first
     ) -> nn.Module: # A Lightning module
         "anomalib's FastFlow on features."
         from anomalib.models import Fastflow

@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 from ..config import Config, ConfigError
@@ -25,19 +25,22 @@ from ..fast.engines import checked_openvino
 from ..losses import decoder_loss, reduce_loss
 from ..scoring import enlarge_maps
 from ..training import TrainingError, make_optimiser
-from .features import PublishedMethod, UnsuitableError, global_seed
+from .features import Maps, PublishedMethod
+from .features import UnsuitableError, global_seed
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #c7f4c296
 def _halving_block(before, after):
     "A residual block of stride 2."
-    shortcut = nn.Conv2d(before, after, 1, 2, bias=False)
-    shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(after))
+    shortcut = nn.Sequential(
+        nn.Conv2d(before, after, 1, 2, bias=False),
+        nn.BatchNorm2d(after),
+    )
     return BasicBlock(before, after, 2, shortcut)
 
 class ReducedStudent(nn.Module):
     "Student of the shallow branch: two residual blocks, at strides 8 and 16."
     def __init__(self,
-        channels: tuple[int, int] = (64, 128), # Of its two maps: those of the teacher
+        channels: tuple[int, int] = (64, 128), # Of its two maps
     ):
         super().__init__()
         self.stem = nn.Sequential(
@@ -47,50 +50,53 @@ class ReducedStudent(nn.Module):
             nn.MaxPool2d(3, 2, 1),
         )
         first, second = channels
-        blocks = [_halving_block(64, first), _halving_block(first, second)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList([
+            _halving_block(64, first),
+            _halving_block(first, second),
+        ])
         for m in self.modules():
             if not isinstance(m, nn.Conv2d): continue
-            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            nn.init.kaiming_normal_(m.weight, 0, 'fan_out', 'relu')
 
     def forward(self,
-        images: torch.Tensor, # N×3×H×W, normalised
-    ) -> list[torch.Tensor]: # N×C×H/8×W/8 and N×C×H/16×W/16
+        images: Tensor, # N×3×H×W, normalised
+    ) -> Maps: # N×C×H/8×W/8 and N×C×H/16×W/16
         "Maps of the two blocks."
         first = self.blocks[0](self.stem(images))
         return [first, self.blocks[1](first)]
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #a2105950
 def pooled(
-    maps: list[torch.Tensor], # N×C×H×W each
-) -> list[torch.Tensor]: # N×C×⌈H/2⌉×⌈W/2⌉ each
+    maps: Maps,
+) -> Maps: # N×C×⌈H/2⌉×⌈W/2⌉ each
     "Average over 2×2 positions, for the shallow teacher."
     return [F.avg_pool2d(f, 2, ceil_mode=True) for f in maps]
 
 class ShallowTeacher(FeatureExtractor):
     "A frozen network whose maps are averaged over 2×2 positions."
     def __call__(self,
-        images: torch.Tensor, # N×3×H×W in [0, 1]
-    ) -> list[torch.Tensor]: # N×C×H/8×W/8 and N×C×H/16×W/16
+        images: Tensor, # N×3×H×W in [0, 1]
+    ) -> Maps: # N×C×H/8×W/8 and N×C×H/16×W/16
         "Averaged features of a batch."
         return pooled(super().__call__(images))
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #88a8a232
 def shallow_layers(
     name: str, # A timm model
-) -> tuple[int, int]: # Indices of the maps of strides 4 and 8 (`out_indices` of timm)
-    "Layers for the shallow branch. Raises `UnsuitableError` if there are none."
+) -> tuple[int, int]: # `out_indices` of timm
+    "Layers of strides 4 and 8. Raises `UnsuitableError` if there are none."
     with torch.device('meta'):
         model = timm.create_model(name, features_only=True)
     strides = model.feature_info.reduction()
     if not {4, 8} <= set(strides):
-        found = f'extractor={name!r}: has maps of strides {strides}'
-        raise UnsuitableError(f'{found}; the shallow branch of MixedTeacher expects 4 and 8')
+        raise UnsuitableError(
+            f'extractor={name!r}: has maps of strides {strides}; '
+            'the shallow branch of MixedTeacher expects 4 and 8')
     return strides.index(4), strides.index(8)
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #e9bec63c
 class Students(nn.Module):
-    "Both students: one from random weights, one from those of its teacher."
+    "Both students: one with random weights, one a copy of its teacher."
     def __init__(self,
         shallow: FeatureExtractor, # Teacher of branch a
         deep: FeatureExtractor, # Teacher of branch b
@@ -105,17 +111,17 @@ class Students(nn.Module):
         self.to(deep.device, memory_format=torch.channels_last)
 
     def forward(self,
-        images: torch.Tensor, # N×3×H×W in [0, 1]
-    ) -> list[torch.Tensor]: # Two maps of branch a, then those of branch b
-        "Maps of both students, N×C×H′×W′ each."
+        images: Tensor, # N×3×H×W in [0, 1]
+    ) -> Maps: # Of student a (two), then of student b
+        "Maps of both students."
         images = images.contiguous(memory_format=torch.channels_last)
         return self.shallow(images) + self.deep(images)
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #276e4b09
 def branch_losses(
-    found: list[torch.Tensor], # Two maps of student a, then those of student b
-    targets: list[torch.Tensor], # Maps of the teachers, alike
-) -> tuple[torch.Tensor, torch.Tensor]: # N losses a branch, in [0, 2]
+    found: Maps, # Of student a (two), then of student b
+    targets: Maps, # Of the teachers
+) -> tuple[Tensor, Tensor]: # N losses a branch, in [0, 2]
     "Distillation losses of both branches (Eqs. 3–5)."
     shallow = decoder_loss(found[:2], targets[:2])
     deep = decoder_loss(found[2:], targets[2:])
@@ -123,29 +129,41 @@ def branch_losses(
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #a8e0bba9
 def _batches(images, targets, steps, generator, device):
-    "Images and targets in random order, in batches of about equal size."
+    "Images and targets in random order, in batches of similar size."
     order = torch.randperm(len(images), generator=generator)
     for rows in order.tensor_split(steps):
-        yield images[rows].to(device), [f[rows].to(device) for f in targets]
+        maps = [f[rows].to(device) for f in targets]
+        yield images[rows].to(device), maps
 
 def _train_epoch(students, batches, optimizer, schedule, config, bar):
-    "Train for one epoch and return the sum of losses of either branch."
+    "Train for one epoch; the sum of losses of each branch."
     sums = 0
     for images, targets in batches:
         losses = branch_losses(students(images), targets)
         optimizer.zero_grad()
-        reduce_loss(sum(losses), config.loss_reduction).backward()
+        loss = reduce_loss(sum(losses), config.loss_reduction)
+        loss.backward()
         optimizer.step()
         schedule.step()
-        sums = sums + torch.stack([loss.detach().sum() for loss in losses])
+        shallow, deep = (values.detach().sum() for values in losses)
+        sums = sums + torch.stack([shallow, deep])
         bar.update()
     return sums
 
+def _epoch_losses(epoch, shallow, deep, lr):
+    "The entry of the history. Raises `TrainingError` for a diverged loss."
+    loss = shallow + deep
+    if math.isfinite(loss):
+        return dict(epoch=epoch, loss=loss, shallow=shallow, deep=deep)
+    where = f'epoch {epoch}: loss {loss}'
+    raise TrainingError(f'{where}; a smaller lr than {lr} may help')
+
+# %% ../../nbs/baselines/06_mixed_teacher.ipynb #94329383
 def train_students(
     students: Students, # Trained in place
-    images: torch.Tensor, # N×3×H×W defect-free images in [0, 1]
-    targets: list[torch.Tensor], # Maps of the teachers for these images
-    config: Config, # Epochs, batch size, learning rate and schedule
+    images: Tensor, # N×3×H×W defect-free images in [0, 1]
+    targets: Maps, # Of the teachers
+    config: Config, # Every setting
     seed: int = 0, # Seed of the run
     progress: bool = False, # Show a bar with the loss
 ) -> list[dict]: # Epoch, loss, and the mean loss of either branch
@@ -153,47 +171,51 @@ def train_students(
     optimizer, schedule = make_optimiser(students, None, config, len(images))
     device = next(students.parameters()).device
     steps = math.ceil(len(images) / config.batch_size)
-    bar = tqdm(total=config.epochs * steps, desc='MixedTeacher', unit='step',
+    total = config.epochs * steps
+    bar = tqdm(total=total, desc='MixedTeacher', unit='step',
                disable=not progress, leave=False)
     history = []
-    with bar, torch.backends.cudnn.flags(True, deterministic=True, allow_tf32=False):
+    cudnn = dict(enabled=True, deterministic=True, allow_tf32=False)
+    with bar, torch.backends.cudnn.flags(**cudnn):
         for epoch in range(config.epochs):
-            students.train(epoch == 0 or config.embedder_batchnorm == 'live')
+            live = epoch == 0 or config.embedder_batchnorm == 'live'
+            students.train(live)
             generator = seeded(seed, 'mixed teacher', epoch)
             batches = _batches(images, targets, steps, generator, device)
-            sums = _train_epoch(students, batches, optimizer, schedule, config, bar)
-            shallow, deep = (sums / len(images)).tolist()
-            loss = shallow + deep
-            if not math.isfinite(loss):
-                where = f'epoch {epoch}: loss {loss}'
-                raise TrainingError(f'{where}; a smaller lr than {config.lr} may help')
-            history.append(dict(epoch=epoch, loss=loss, shallow=shallow, deep=deep))
-            bar.set_postfix(loss=f'{loss:.4f}')
+            sums = _train_epoch(
+                students, batches, optimizer, schedule, config, bar)
+            means = (sums / len(images)).tolist()
+            history.append(_epoch_losses(epoch, *means, config.lr))
+            bar.set_postfix(loss=f'{sum(means):.4f}')
     students.eval()
     return history
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #9573d95a
 def branch_map(
-    found: list[torch.Tensor], # Maps of a student, N×C×H×W
-    targets: list[torch.Tensor], # Maps of its teacher, alike
+    found: Maps, # Maps of a student
+    targets: Maps, # Maps of its teacher, alike
     side: int, # Side of the images, pixels
-) -> torch.Tensor: # N×side×side, not negative
+) -> Tensor: # N×side×side, not negative
     "Disagreement of a student with its teacher (Eq. 3)."
     total = 0
     for f, t in zip(found, targets):
-        squared = (F.normalize(f) - F.normalize(t)).square().sum(1)
-        positions = squared.shape[1] * squared.shape[2]
-        total = total + enlarge_maps(squared / (2 * positions), side, sigma=0)
+        difference = F.normalize(f) - F.normalize(t)
+        squared = difference.square().sum(1)
+        height, width = squared.shape[1:]
+        loss = squared / (2 * height * width)
+        total = total + enlarge_maps(loss, side, sigma=0)
     return total
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #2f57a154
 def mix(
-    shallow: torch.Tensor, # N×H×W map of branch a
-    deep: torch.Tensor, # N×H×W map of branch b
-) -> torch.Tensor: # N×H×W
-    "Product of both maps, that of branch b normalised and weighted by its range."
-    span = deep.amax((1, 2), keepdim=True) - deep.amin((1, 2), keepdim=True)
-    return shallow * span * F.normalize(deep.flatten(1)).view_as(deep)
+    shallow: Tensor, # N×H×W map of branch a
+    deep: Tensor, # N×H×W map of branch b
+) -> Tensor: # N×H×W
+    "Product of both maps, with map b normalised and weighted by its range."
+    largest = deep.amax((1, 2), keepdim=True)
+    smallest = deep.amin((1, 2), keepdim=True)
+    normalised = F.normalize(deep.flatten(1)).view_as(deep)
+    return shallow * (largest - smallest) * normalised
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #1eb93f32
 class MixedHead(nn.Module):
@@ -207,14 +229,14 @@ class MixedHead(nn.Module):
         self.side = side
 
     def forward(self,
-        images: torch.Tensor, # N×3×side×side in [0, 1]
-        *targets: torch.Tensor, # Two maps of teacher a, then those of teacher b
-    ) -> tuple[torch.Tensor, torch.Tensor]: # N scores; N×side×side maps
+        images: Tensor, # N×3×side×side in [0, 1]
+        *targets: Tensor, # Maps of the teachers
+    ) -> tuple[Tensor, Tensor]: # N scores; N×side×side maps
         "The mixed map, and its maximum as the score."
-        found = self.students(images)
-        shallow = branch_map(found[:2], targets[:2], self.side)
-        deep = branch_map(found[2:], targets[2:], self.side)
-        maps = enlarge_maps(mix(shallow, deep), self.side)
+        found, side = self.students(images), self.side
+        shallow = branch_map(found[:2], targets[:2], side)
+        deep = branch_map(found[2:], targets[2:], side)
+        maps = enlarge_maps(mix(shallow, deep), side)
         return maps.amax((1, 2)), maps
 
 class Mixed(nn.Module):
@@ -230,10 +252,11 @@ class Mixed(nn.Module):
         self.head = head
 
     def forward(self,
-        images: torch.Tensor, # N×3×side×side in [0, 1]
-    ) -> tuple[torch.Tensor, torch.Tensor]: # N scores; N×side×side maps
+        images: Tensor, # N×3×side×side in [0, 1]
+    ) -> tuple[Tensor, Tensor]: # N scores; N×side×side maps
         "Scores and maps of images."
-        return self.head(images, *pooled(self.shallow(images)), *self.deep(images))
+        shallow = pooled(self.shallow(images))
+        return self.head(images, *shallow, *self.deep(images))
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #980fc9bf
 DIFFERENCES = ( # of both forms
@@ -255,15 +278,24 @@ SAME_EXTRACTOR = ( # of the form on the same extractor
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #c2219e7c
 def _compiled(head, inputs, extractor):
-    "The head, compiled by the engine of the extractor; None where OpenVINO fails."
+    "The head, compiled by the extractor's engine; None where OpenVINO fails."
     if extractor.engine != 'openvino': return torch.compile(head)
-    return checked_openvino(head, inputs, 'the scores of MixedTeacher', extractor.exact)[0]
+    name, exact = 'the scores of MixedTeacher', extractor.exact
+    compiled, _ = checked_openvino(head, inputs, name, exact)
+    return compiled
 
+# %% ../../nbs/baselines/06_mixed_teacher.ipynb #24539f96
 class MixedTeacher(PublishedMethod):
     "Disagreement of two students with their teachers (Thomine et al. 2023)."
     settings = dict(
-        epochs=100, batch_size=8, lr=4e-4, max_lr_factor=10.0, cycle_momentum=True,
-        weight_decay=0.0, embedder_batchnorm='frozen', checkpoint='last',
+        epochs=100,
+        batch_size=8,
+        lr=4e-4,
+        max_lr_factor=10.0,
+        cycle_momentum=True,
+        weight_decay=0.0,
+        embedder_batchnorm='frozen',
+        checkpoint='last',
     )
     smoke = dict(epochs=4)
     published = dict(resize=256, crop=256, layers=(3, 4))
@@ -277,14 +309,15 @@ class MixedTeacher(PublishedMethod):
     ):
         if shallow_weights and not original:
             raise ConfigError(
-                f'shallow_weights={shallow_weights!r}: only the original form has an extractor '
-                'of its own for the shallow branch')
+                f'shallow_weights={shallow_weights!r}: only the original '
+                'form has an extractor of its own for the shallow branch')
         super().__init__(config, textures, seed, original)
         if not original: shallow_layers(self.config.extractor) # raises early
         self.original = original
         default = 'random' if self.config.weights == 'random' else 'timm'
         self.shallow_weights = shallow_weights or default
-        differences = [*DIFFERENCES, *(() if original else SAME_EXTRACTOR)]
+        differences = list(DIFFERENCES)
+        if not original: differences += SAME_EXTRACTOR
         self.about |= dict(shallow_teacher=None, differences=differences)
 
     def _teacher(self):
@@ -296,15 +329,17 @@ class MixedTeacher(PublishedMethod):
         return ShallowTeacher(name, weights, layers, c.device, c.engine, c.precision)
 
     def _learn(self, cache, progress):
+        config, seed = self.config, self.seed
         self.shallow = self._teacher()
-        shallow = FeatureCache(Images(cache.images, self.config), self.shallow, self.config)
+        images = Images(cache.images, config)
+        shallow = FeatureCache(images, self.shallow, config)
         targets = shallow.features + cache.features
-        students = Students(self.shallow, self.extractor, self.seed)
+        students = Students(self.shallow, self.extractor, seed)
         self.history = train_students(
-            students, cache.images, targets, self.config, self.seed, progress)
+            students, cache.images, targets, config, seed, progress)
         self.best_epoch = len(self.history) - 1
         self.about['shallow_teacher'] = self.shallow.origin
-        return MixedHead(students, self.config.crop)
+        return MixedHead(students, config.crop)
 
     @torch.no_grad()
     def _scored(self, images):

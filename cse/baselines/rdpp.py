@@ -7,31 +7,30 @@ __all__ = ['simplex_noise', 'octave_noise', 'add_noise', 'projection', 'cosine_l
            'RDppNetwork', 'RDpp']
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #adc66aec
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import conv3x3
 from tqdm import tqdm
-from ..config import Config, ConfigError
+from ..config import Config
 from ..data.seeds import seed_for, seeded
 from ..scoring import enlarge_maps
 from ..training import TrainingError
-from .features import global_seed
+from .features import Maps, global_seed
 from .anomalib import quiet
-from .reverse_distillation import ReverseDistillation, bottleneck_and_decoder
+from .reverse_distillation import ReverseDistillation
+from .reverse_distillation import bottleneck_and_decoder
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #91570f49
 def _gradients():
     "11 along one axis and 4 along the other two, with every sign."
     signs = [(x, y, z) for z, y, x in product((1, -1), (1, -1), (-1, 1))]
     sizes = [(11, 4, 4), (4, 11, 4), (4, 4, 11)]
-    return np.array([np.multiply(sign, size) for sign in signs for size in sizes], float)
+    pairs = product(signs, sizes)
+    return np.array([np.multiply(*pair) for pair in pairs], float)
 
 _GRADIENTS = _gradients()
 
@@ -41,7 +40,8 @@ def _reaches(corner):
     outside = sum(v in (-1, 2) for v in corner)
     return 0 <= sum(corner) <= 3 and outside <= 1
 
-_CORNERS = np.array([c for c in product(range(-1, 3), repeat=3) if _reaches(c)])
+_CORNERS = product(range(-1, 3), repeat=3)
+_CORNERS = np.array([c for c in _CORNERS if _reaches(c)])
 
 def _place(v):
     "From the grid of cubes to the lattice."
@@ -64,15 +64,18 @@ def simplex_noise(
     cell = np.floor(points - points.sum(1, keepdims=True) / 6)
     inner = points - _place(cell)
     corners = _place(_CORNERS)
-    reach = 2 - np.square(inner).sum(1)[:, None] # 2 minus the squared distance
+    # 2 minus the squared distance of point and corner
+    reach = 2 - np.square(inner).sum(1)[:, None]
     reach = reach + 2 * inner @ corners.T
     reach = reach - np.square(corners).sum(1)
     near = np.flatnonzero(reach > 0)
     i, j = np.divmod(near, len(corners)) # point and corner
-    gradients = _corner_gradients(cell.astype(int)[i] + _CORNERS[j], permutation)
-    slopes = (gradients * (inner[i] - corners[j])).sum(1)
-    contributions = reach.ravel()[near] ** 4 * slopes
-    return np.bincount(i, contributions, len(points)) / 103
+    index = cell.astype(int)[i] + _CORNERS[j]
+    gradients = _corner_gradients(index, permutation)
+    offsets = inner[i] - corners[j]
+    slopes = (gradients * offsets).sum(1)
+    values = reach.ravel()[near] ** 4 * slopes
+    return np.bincount(i, values, len(points)) / 103
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #9cf47200
 def octave_noise(
@@ -82,33 +85,39 @@ def octave_noise(
     octaves: int = 6, # Number of octaves
     persistence: float = 0.6, # Strength from octave to octave
     wavelength: float = 32, # Of the first octave, pixels
-) -> torch.Tensor: # 3×height×width float32, roughly in [-1, 1]
-    "Octaves of simplex noise; the channels are neighbouring layers of one volume."
-    grid = np.meshgrid(range(3), range(height), range(width), indexing='ij')
+) -> Tensor: # 3×height×width float32, roughly in [-1, 1]
+    "Octaves of noise; channels are neighbouring layers of one volume."
+    sides = range(3), range(height), range(width)
+    grid = np.meshgrid(*sides, indexing='ij')
     grid = np.stack(grid, -1).reshape(-1, 3)
     permutation = torch.randperm(256, generator=generator).numpy()
     values = 0
     for octave in range(octaves):
-        noise = simplex_noise(grid * (2 ** octave / wavelength), permutation)
+        scale = 2 ** octave / wavelength
+        noise = simplex_noise(grid * scale, permutation)
         values = values + persistence ** octave * noise
-    return torch.from_numpy(values.reshape(3, height, width)).float()
+    values = values.reshape(3, height, width)
+    return torch.from_numpy(values).float()
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #347060c6
 def add_noise(
-    image: torch.Tensor, # 3×size×size in [0, 1]
+    image: Tensor, # 3×size×size in [0, 1]
     generator: torch.Generator, # Source of the draws
     strength: float = 0.2, # Factor of the noise
-) -> torch.Tensor: # 3×size×size, not clipped
+) -> Tensor: # 3×size×size, not clipped
     "A pseudo-anomaly: simplex noise in one rectangle."
     size = image.shape[-1]
-    low, high = round(size * 10 / 256), size // 8
+    low = round(size * 10 / 256)
+    high = size // 8
     draws = torch.rand(4, generator=generator).tolist()
-    height, width = (low + int(u * (high + 1 - low)) for u in draws[:2])
+    height = low + int(draws[0] * (high + 1 - low))
+    width = low + int(draws[1] * (high + 1 - low))
     top = int(draws[2] * (size + 1 - height))
     left = int(draws[3] * (size + 1 - width))
     noise = octave_noise(height, width, generator).to(image.device)
     image = image.clone()
-    image[:, top:top + height, left:left + width] += strength * noise
+    patch = image[:, top:top + height, left:left + width]
+    patch += strength * noise
     return image
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #72cc4b94
@@ -120,37 +129,42 @@ def projection(
     widths = [channels, half, quarter, half, channels]
     modules = []
     for before, after in zip(widths, widths[1:]):
-        modules += [conv3x3(before, after), nn.InstanceNorm2d(after), nn.LeakyReLU()]
+        modules.append(conv3x3(before, after))
+        modules.append(nn.InstanceNorm2d(after))
+        modules.append(nn.LeakyReLU())
     return nn.Sequential(*modules)
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #48040fe2
 def _cosines(a, b):
     "Cosines of whole maps: N values a layer."
-    pairs = zip(a, b, strict=True)
-    return [F.cosine_similarity(x.flatten(1), y.flatten(1)) for x, y in pairs]
+    cosines = []
+    for x, y in zip(a, b, strict=True):
+        x, y = x.flatten(1), y.flatten(1)
+        cosines.append(F.cosine_similarity(x, y))
+    return cosines
 
 def cosine_loss(
-    a: list[torch.Tensor], # N×C×H×W a layer
-    b: list[torch.Tensor], # Maps of the same shapes
-) -> torch.Tensor: # One value, at most 2 a layer
-    "One minus the cosine of whole maps, mean over images, summed over layers."
-    return sum((1 - cosine).mean() for cosine in _cosines(a, b))
+    a: Maps,
+    b: Maps, # Of the same shapes
+) -> Tensor: # One value, at most 2 a layer
+    "One minus the cosine, mean over images, summed over layers."
+    return sum((1 - c).mean() for c in _cosines(a, b))
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #868bdc77
 def contrast_loss(
-    noisy: list[torch.Tensor], # Features of noisy images, N×C×H×W a layer
-    projected: list[torch.Tensor], # Projections of the clean images
+    noisy: Maps, # Features of noisy images
+    projected: Maps, # Projections of the clean images
     margin: float = 0.5, # No loss for cosines below it
-) -> torch.Tensor: # One value in [0, 1 - margin] a layer
-    "Excess of the cosine over the margin, mean over images, summed over layers."
+) -> Tensor: # One value in [0, 1 - margin] a layer
+    "Excess over the margin, mean over images, summed over layers."
     cosines = _cosines(noisy, projected)
-    return sum((cosine - margin).clamp(min=0).mean() for cosine in cosines)
+    return sum((c - margin).clamp(min=0).mean() for c in cosines)
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #aa6859c9
 def transport_loss(
-    projected: list[torch.Tensor], # Projections of clean images, N×C×H×W a layer
-    order: torch.Tensor, # The numbers 0 … N - 1, shuffled
-) -> torch.Tensor: # One value, summed over layers
+    projected: Maps, # Projections of clean images
+    order: Tensor, # The numbers 0 … N - 1, shuffled
+) -> Tensor: # One value, summed over layers
     "Sinkhorn divergence between a batch and its shuffle."
     from geomloss import SamplesLoss # slow to import
     divergence = SamplesLoss(
@@ -166,13 +180,13 @@ def transport_loss(
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #ad7064db
 def losses(
-    clean: list[torch.Tensor], # Features of clean images, N×C×H×W a layer
-    noisy: list[torch.Tensor], # Features of the same images with noise
-    projected: list[torch.Tensor], # Projections of the clean features
-    noisy_projected: list[torch.Tensor], # Projections of the noisy features
-    restored: list[torch.Tensor], # Output of the decoder for the clean images
-    order: torch.Tensor, # The numbers 0 … N - 1, shuffled
-) -> dict[str, torch.Tensor]: # One value a loss; `loss` is minimised
+    clean: Maps, # Features of clean images
+    noisy: Maps, # Features of the same images with noise
+    projected: Maps, # Projections of the clean features
+    noisy_projected: Maps, # Projections of the noisy features
+    restored: Maps, # Output of the decoder for the clean images
+    order: Tensor, # The numbers 0 … N - 1, shuffled
+) -> dict[str, Tensor]: # One value a loss; `loss` is minimised
     "All losses of RD++."
     distillation = cosine_loss(restored, clean)
     transport = transport_loss(projected, order)
@@ -189,44 +203,55 @@ def losses(
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #c9ab9eb2
 class RDppNetwork(nn.Module):
-    "Projections, bottleneck and decoder, with the scores and maps of Reverse Distillation."
+    "Projections, bottleneck and decoder."
     def __init__(self,
         config: Config, # Settings of the run
-        features: list[torch.Tensor], # N×C×H×W a layer; only shapes are used
+        features: Maps, # Only shapes are used
     ):
         super().__init__()
         self.side = config.crop
-        self.bottleneck, self.decoder = bottleneck_and_decoder(config, features)
-        self.projections = nn.ModuleList(projection(f.shape[1]) for f in features)
+        parts = bottleneck_and_decoder(config, features)
+        self.bottleneck, self.decoder = parts
+        projections = [projection(f.shape[1]) for f in features]
+        self.projections = nn.ModuleList(projections)
 
     def project(self,
-        features: list[torch.Tensor], # N×C×H×W a layer
-    ) -> list[torch.Tensor]: # Maps of the same shapes
+        features: Maps,
+    ) -> Maps: # Of the same shapes
         "The projections of all layers."
         return [p(f) for p, f in zip(self.projections, features)]
 
     def restore(self,
-        projected: list[torch.Tensor], # N×C×H×W a layer
-    ) -> list[torch.Tensor]: # Maps of the same shapes
+        projected: Maps,
+    ) -> Maps: # Of the same shapes
         "Bottleneck and decoder."
         return self.decoder(self.bottleneck(projected))
 
+    def _enlarge(self, maps):
+        return F.interpolate(
+            maps,
+            (self.side, self.side),
+            mode='bilinear',
+            align_corners=True,
+        )
+
     def forward(self,
-        *features: torch.Tensor, # N×C×H×W a layer, finest first
-    ) -> tuple[torch.Tensor, torch.Tensor]: # N scores; N×side×side maps
+        *features: Tensor, # Finest first
+    ) -> tuple[Tensor, Tensor]: # N scores; N×side×side maps
         "Cosine distance between features and their restoration."
         restored = self.restore(self.project(features))
         maps = 0
         for f, r in zip(features, restored):
-            distance = 1 - (F.normalize(f) * F.normalize(r)).sum(1, keepdim=True)
-            maps = maps + F.interpolate(
-                distance, (self.side, self.side), mode='bilinear', align_corners=True)
+            products = F.normalize(f) * F.normalize(r)
+            distance = 1 - products.sum(1, keepdim=True)
+            maps = maps + self._enlarge(distance)
         maps = enlarge_maps(maps[:, 0], self.side, sigma=4)
         return maps.amax((1, 2)), maps
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #9227e51e
 class RDpp(ReverseDistillation):
-    "Reverse Distillation with projections that learn from simplex noise (Tien et al. 2023)."
+    "Reverse Distillation with learned projections (Tien et al. 2023)."
+    packages = ('geomloss', 'anomalib')
     settings = ReverseDistillation.settings | dict(epochs=100)
     smoke = dict(epochs=6)
     parameters = dict(
@@ -236,78 +261,87 @@ class RDpp(ReverseDistillation):
         original_epochs='carpet, leather 10; wood 100; grid, tile 260',
     )
 
-    def __init__(self,
-        config: Config | None = None, # Every setting; `Config.paper()` if None
-        textures: str | Path | None = None, # Not used: no textures in its noise
-        seed: int = 0, # Seed of everything random
-        original: str | None = None, # Extractor of the original form
-    ):
-        if not find_spec('geomloss'):
-            missing = 'RDpp needs geomloss, which is not installed'
-            raise ConfigError(f"{missing}: pip install 'cse[baselines]'")
-        super().__init__(config, textures, seed, original)
-
     def _learn(self, cache, progress):
         config = self.config
         with quiet(), global_seed(seed_for(self.seed, 'RDpp')):
             network = RDppNetwork(config, cache.features)
         network.to(self.extractor.device).train()
-        trainer = _Trainer(network, cache, self.extractor, config, self.parameters, self.seed)
-        bar = tqdm(range(config.epochs), desc='RDpp', unit='epoch',
-                   disable=not progress, leave=False)
+        trainer = _Trainer(self, network, cache)
+        bar = tqdm(
+            range(config.epochs),
+            desc='RDpp',
+            unit='epoch',
+            disable=not progress,
+            leave=False,
+        )
         self.history = []
         with bar, ThreadPoolExecutor(config.workers) as pool:
             for epoch in bar:
-                losses = trainer.train_epoch(epoch, pool.map)
-                self.history.append(dict(epoch=epoch) | losses)
-                bar.set_postfix(loss=f'{losses["loss"]:.3g}')
+                means = trainer.train_epoch(epoch, pool.map)
+                self.history.append(dict(epoch=epoch) | means)
+                bar.set_postfix(loss=f'{means["loss"]:.3g}')
         self.best_epoch = config.epochs - 1
         return network
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #e44a941f
 class _Trainer:
     "Trains the network of RD++, one epoch at a time."
-    def __init__(self, network, cache, extractor, config, parameters, seed):
+    def __init__(self, detector, network, cache):
         self.network = network
         self.cache = cache
-        self.extractor = extractor
-        self.config = config
+        self.extractor = detector.extractor
+        self.config = detector.config
+        self.seed = detector.seed
+        parameters = detector.parameters
+        self.betas = parameters['betas']
         self.accumulation = parameters['accumulation']
-        self.seed = seed
-        restoring = [*network.bottleneck.parameters(), *network.decoder.parameters()]
-        projecting = network.projections.parameters()
-        factor, betas = parameters['projection_lr_factor'], parameters['betas']
+        bottleneck = network.bottleneck.parameters()
+        decoder = network.decoder.parameters()
+        projections = network.projections.parameters()
+        lr = self.config.lr
+        factor = parameters['projection_lr_factor']
         self.optimizers = [
-            self._adam(restoring, config.lr, betas),
-            self._adam(projecting, factor * config.lr, betas),
+            self._adam([*bottleneck, *decoder], lr),
+            self._adam(projections, factor * lr),
         ]
 
-    def _adam(self, weights, lr, betas):
-        decay = self.config.weight_decay
-        return torch.optim.Adam(weights, lr, betas, weight_decay=decay, fused=True)
+    def _adam(self, weights, lr):
+        return torch.optim.Adam(
+            weights,
+            lr,
+            self.betas,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
 
-    def train_epoch(self, epoch: int, run: Callable) -> dict: # Mean losses of the batches
-        "Train for one epoch. `run` maps a function over images, as `map` does."
-        order = torch.randperm(len(self.cache), generator=seeded(self.seed, 'RDpp', epoch))
+    def train_epoch(self, epoch, run):
+        "Mean losses of an epoch. `run` maps a function over images, as `map` does."
+        generator = seeded(self.seed, 'RDpp', epoch)
+        order = torch.randperm(len(self.cache), generator=generator)
         batches = order.split(self.config.batch_size)
         found = []
         for step, rows in enumerate(batches, 1):
             values = self._losses(rows, epoch, step, run)
             values['loss'].backward()
-            if step % self.accumulation == 0 or step == len(batches): self._step()
-            found.append(torch.stack([value.detach() for value in values.values()]))
-        means = dict(zip(values, torch.stack(found).mean(0).tolist()))
+            last = step == len(batches)
+            if last or step % self.accumulation == 0: self._step()
+            found.append(torch.stack([v.detach() for v in values.values()]))
+        means = torch.stack(found).mean(0).tolist()
+        means = dict(zip(values, means))
         loss = means['loss']
-        if not abs(loss) < float('inf'):
-            raise TrainingError(f'RDpp, epoch {epoch}: loss {loss}; a smaller lr may help')
-        return means
+        if abs(loss) < float('inf'): return means
+        where = f'RDpp, epoch {epoch}: loss {loss}'
+        raise TrainingError(f'{where}; a smaller lr may help')
 
     def _losses(self, rows, epoch, step, run):
         def disturb(i):
-            return add_noise(self.cache.images[i], seeded(self.seed, 'noise', epoch, i))
+            generator = seeded(self.seed, 'noise', epoch, i)
+            return add_noise(self.cache.images[i], generator)
         device = self.extractor.device
-        clean = [f[rows].to(device).contiguous() for f in self.cache.features]
-        noisy = self.extractor(torch.stack(list(run(disturb, rows.tolist()))))
+        features = [f[rows] for f in self.cache.features]
+        clean = [f.to(device).contiguous() for f in features]
+        images = list(run(disturb, rows.tolist()))
+        noisy = self.extractor(torch.stack(images))
         projected = self.network.project(clean)
         noisy_projected = self.network.project(noisy)
         restored = self.network.restore(projected)

@@ -5,30 +5,37 @@
 # %% auto #0
 __all__ = ['RESNETS', 'FittedBottleneck', 'FittedDecoder', 'mirrors_resnet', 'bottleneck_and_decoder', 'ReverseDistillation']
 
-# %% ../../nbs/baselines/04_reverse_distillation.ipynb #9affff97
-from pathlib import Path
+# %% ../../nbs/baselines/04_reverse_distillation.ipynb #768413b9
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from ..config import Config, ConfigError
+from .features import Maps
 from .anomalib import PLAIN, Baseline, PassThrough, pre_processor_for
 
 # %% ../../nbs/baselines/04_reverse_distillation.ipynb #a83d31c7
 def _convolution(before, after, stride):
-    "A 3×3 convolution with batch normalisation and ReLU."
-    convolution = conv3x3(before, after, stride)
-    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+    "3×3, with batch normalisation and ReLU."
+    return nn.Sequential(
+        conv3x3(before, after, stride),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+    )
 
 def _steps(shapes):
-    "From layer to layer: channels before and after, and the stride."
-    pairs = zip(shapes, shapes[1:])
-    return [(a[0], b[0], 2 if b[1] < a[1] else 1) for a, b in pairs]
+    "Channels before and after, and the stride, from layer to layer."
+    steps = []
+    for before, after in zip(shapes, shapes[1:]):
+        stride = 2 if after[1] < before[1] else 1
+        steps.append((before[0], after[0], stride))
+    return steps
 
 def _path(steps):
-    "Convolutions from one layer to the coarsest one."
+    "Convolutions to the coarsest layer."
     return nn.Sequential(*[_convolution(*step) for step in steps])
 
+# %% ../../nbs/baselines/04_reverse_distillation.ipynb #0e9bb227
 class FittedBottleneck(nn.Module):
     "The bottleneck of Reverse Distillation for features of any shape."
     def __init__(self,
@@ -36,16 +43,20 @@ class FittedBottleneck(nn.Module):
     ):
         super().__init__()
         steps = _steps(shapes)
+        layers = range(len(shapes))
         last, *self.side = shapes[-1]
-        total = len(shapes) * last
-        self.paths = nn.ModuleList(_path(steps[i:]) for i in range(len(shapes)))
-        shortcut = nn.Sequential(conv1x1(total, 2 * last, 2), nn.BatchNorm2d(2 * last))
-        first = BasicBlock(total, 2 * last, 2, shortcut)
-        self.squeeze = nn.Sequential(first, BasicBlock(2 * last, 2 * last))
+        total = len(layers) * last
+        self.paths = nn.ModuleList(_path(steps[i:]) for i in layers)
+        c = 2 * last
+        shortcut = nn.Sequential(conv1x1(total, c, 2), nn.BatchNorm2d(c))
+        self.squeeze = nn.Sequential(
+            BasicBlock(total, c, 2, shortcut),
+            BasicBlock(c, c),
+        )
 
     def forward(self,
-        features: list[torch.Tensor], # N×C×H×W a layer, finest first
-    ) -> torch.Tensor: # N×2C×⌈H/2⌉×⌈W/2⌉, of the coarsest layer's C, H and W
+        features: Maps, # Finest first
+    ) -> Tensor: # N×2C×⌈H/2⌉×⌈W/2⌉ of the coarsest layer
         "One map for all layers."
         maps = [path(f) for path, f in zip(self.paths, features)]
         maps = [F.interpolate(m, self.side) for m in maps]
@@ -53,14 +64,20 @@ class FittedBottleneck(nn.Module):
 
 # %% ../../nbs/baselines/04_reverse_distillation.ipynb #a6812a3f
 def _decoder_stage(before, after, stride):
-    "Two decoder blocks of anomalib, the first of which enlarges the map for stride 2."
-    from anomalib.models.components.backbone.resnet_decoder import DecoderBasicBlock
-    if stride == 2: shortcut = nn.ConvTranspose2d(before, after, 2, 2, bias=False)
-    else: shortcut = conv1x1(before, after)
+    "Two decoder blocks; for stride 2, the first doubles the size."
+    from anomalib.models.components.backbone import resnet_decoder
+    Block = resnet_decoder.DecoderBasicBlock
+    if stride == 1:
+        shortcut = conv1x1(before, after)
+    else:
+        shortcut = nn.ConvTranspose2d(before, after, 2, 2, bias=False)
     shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(after))
-    first = DecoderBasicBlock(before, after, stride, shortcut)
-    return nn.Sequential(first, DecoderBasicBlock(after, after))
+    return nn.Sequential(
+        Block(before, after, stride, shortcut),
+        Block(after, after),
+    )
 
+# %% ../../nbs/baselines/04_reverse_distillation.ipynb #a3564996
 class FittedDecoder(nn.Module):
     "The decoder of Reverse Distillation for features of any shape."
     def __init__(self,
@@ -68,73 +85,82 @@ class FittedDecoder(nn.Module):
     ):
         super().__init__()
         last = shapes[-1][0]
-        back = [(after, before, stride) for before, after, stride in _steps(shapes)]
-        steps = [(2 * last, last, 2), *reversed(back)]
-        channels = [shape[0] for shape in reversed(shapes)]
-        self.sides = [shape[1:] for shape in reversed(shapes)]
+        steps = [(2 * last, last, 2)]
+        for before, after, stride in reversed(_steps(shapes)):
+            steps.append((after, before, stride))
+        shapes = list(reversed(shapes))
+        channels = [shape[0] for shape in shapes]
+        self.sides = [shape[1:] for shape in shapes]
         self.stages = nn.ModuleList(_decoder_stage(*step) for step in steps)
         self.ends = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
 
     def forward(self,
-        x: torch.Tensor, # N×2C×⌈H/2⌉×⌈W/2⌉ from `FittedBottleneck`
-    ) -> list[torch.Tensor]: # N×C×H×W a layer, finest first
+        x: Tensor, # N×2C×⌈H/2⌉×⌈W/2⌉ from `FittedBottleneck`
+    ) -> Maps: # Finest first
         "The restored features."
         restored = []
-        for stage, end, side in zip(self.stages, self.ends, self.sides):
+        parts = zip(self.stages, self.ends, self.sides)
+        for stage, end, side in parts:
             x = F.interpolate(stage(x), side)
             restored.append(end(x))
         return restored[::-1]
 
 # %% ../../nbs/baselines/04_reverse_distillation.ipynb #3fdd7a2e
 RESNETS = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
-    'resnext50_32x4d', 'resnext101_32x8d', 'wide_resnet50_2', 'wide_resnet101_2',
+    'resnet18', 'resnet34', 'resnet50',
+    'resnet101', 'resnet152',
+    'resnext50_32x4d', 'resnext101_32x8d',
+    'wide_resnet50_2', 'wide_resnet101_2',
 )
 
 def mirrors_resnet(
     config: Config, # Its `extractor`, `layers` and `crop` are used
 ) -> bool: # True for anomalib's own bottleneck and decoder
     "Is the extractor a ResNet whose bottleneck and decoder anomalib has?"
-    is_resnet = config.extractor.split('.')[0] in RESNETS
-    return is_resnet and config.layers == (1, 2, 3) and config.crop % 32 == 0
+    if config.extractor.split('.')[0] not in RESNETS: return False
+    return config.layers == (1, 2, 3) and config.crop % 32 == 0
 
+# %% ../../nbs/baselines/04_reverse_distillation.ipynb #fab63af6
 def bottleneck_and_decoder(
     config: Config, # Settings of the run
-    features: list[torch.Tensor], # N×C×H×W a layer, finest first
+    features: Maps, # Finest first
 ) -> tuple[nn.Module, nn.Module]: # With random weights
-    "Both parts of Reverse Distillation. Raises `ConfigError` for maps below 3×3 positions."
-    from anomalib.models.components.backbone import get_decoder
-    from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
+    "Both parts. Raises `ConfigError` for maps below 3×3 positions."
+    from anomalib.models.components import backbone
+    from anomalib.models.image.reverse_distillation import components
     shapes = [tuple(f.shape[1:]) for f in features]
     _, height, width = shapes[-1]
     if min(height, width) < 3:
         raise ConfigError(
-            f'crop={config.crop}, layers={config.layers}: the coarsest map has {height}×{width} '
-            'positions, too few for a bottleneck; expected at least 3×3')
-    if not mirrors_resnet(config): return FittedBottleneck(shapes), FittedDecoder(shapes)
+            f'crop={config.crop}, layers={config.layers}: '
+            f'the coarsest map has {height}×{width} positions, '
+            'too few for a bottleneck; expected at least 3×3')
+    if not mirrors_resnet(config):
+        return FittedBottleneck(shapes), FittedDecoder(shapes)
     name = config.extractor.split('.')[0]
-    return get_bottleneck_layer(name), get_decoder(name)
+    bottleneck = components.get_bottleneck_layer(name)
+    return bottleneck, backbone.get_decoder(name)
 
 # %% ../../nbs/baselines/04_reverse_distillation.ipynb #d6233c9f
 class ReverseDistillation(Baseline):
     "Cosine distance between features and their restoration (Deng and Li 2022)."
-    settings = dict(epochs=200, batch_size=16, lr=5e-3, weight_decay=0.0)
+    settings = dict(
+        epochs=200,
+        batch_size=16,
+        lr=5e-3,
+        weight_decay=0.0,
+    )
     smoke = dict(epochs=10)
     published = dict(resize=256, crop=256, layers=(1, 2, 3))
     optimizer = dict(betas=(0.5, 0.999))
 
-    def __init__(self,
-        config: Config | None = None, # Every setting; `Config.paper()` if None
-        textures: str | Path | None = None, # Not used: no synthetic defects
-        seed: int = 0, # Seed of everything random
-        original: str | None = None, # Extractor of the original form
-    ):
-        super().__init__(config, textures, seed, original)
-        mirrored = mirrors_resnet(self.config)
-        self.about['decoder'] = 'mirrored ResNet' if mirrored else 'fitted to the features'
+    def _about(self):
+        decoder = 'fitted to the features'
+        if mirrors_resnet(self.config): decoder = 'mirrored ResNet'
+        return super()._about() | dict(decoder=decoder)
 
     def module(self,
-        features: list[torch.Tensor], # N×C×H×W a layer, finest first
+        features: Maps, # Finest first
     ) -> nn.Module: # A Lightning module
         "anomalib's Reverse Distillation on features."
         from anomalib.models import ReverseDistillation as Module
@@ -143,5 +169,6 @@ class ReverseDistillation(Baseline):
         module.pre_processor = None
         model = module.model
         model.encoder = PassThrough(features)
-        model.bottleneck, model.decoder = bottleneck_and_decoder(self.config, features)
+        parts = bottleneck_and_decoder(self.config, features)
+        model.bottleneck, model.decoder = parts
         return module

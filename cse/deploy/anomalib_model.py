@@ -9,7 +9,7 @@ __all__ = ['resized_shape', 'Resized', 'Cropped', 'resize_matrix', 'Preparation'
 from pathlib import Path
 from typing import Any
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.transforms.v2.functional import crop, resize
 from torchvision.tv_tensors import Mask
@@ -49,16 +49,17 @@ class Resized(Resize):
         self.config = config
 
     def transform(self,
-        inpt: torch.Tensor, # An image in [0, 1], or a mask
+        inpt: Tensor, # An image in [0, 1], or a mask
         params: dict, # Not used
-    ) -> torch.Tensor: # Resized
+    ) -> Tensor: # Resized
         "Resize. Raises `DataError` for a normalised image."
         size = resized_shape(*inpt.shape[-2:], self.config)
         if isinstance(inpt, Mask): return self._call_kernel(resize, inpt, size)
         low, high = inpt.aminmax()
         if low < -1e-6 or high > 1 + 1e-6:
-            values = f'values from {low:.3g} to {high:.3g}'
-            raise DataError(f'image: holds {values}; expected [0, 1], not normalised')
+            raise DataError(
+                f'image: holds values from {low:.3g} to {high:.3g}; '
+                'expected [0, 1], not normalised')
         # turn k * (1/255), which anomalib computes, into k/255
         levels = (inpt * 255).round() / 255
         if (inpt - levels).abs().max() < 1e-6: inpt = levels
@@ -69,14 +70,16 @@ class Resized(Resize):
 class Cropped(CenterCrop):
     "The centre of images and masks, as in `cse.data`."
     def transform(self,
-        inpt: torch.Tensor, # An image or a mask
+        inpt: Tensor, # An image or a mask
         params: dict, # Not used
-    ) -> torch.Tensor: # Its centre
+    ) -> Tensor: # Its centre
         "Crop. Raises `DataError` for an image that is too small."
         side = self.size[0]
         h, w = inpt.shape[-2:]
         if min(h, w) < side:
-            raise DataError(f'image: is {w}×{h} pixels; expected at least crop={side} on each side')
+            raise DataError(
+                f'image: is {w}×{h} pixels; '
+                f'expected at least crop={side} on each side')
         top, left = (h - side) // 2, (w - side) // 2
         return self._call_kernel(crop, inpt, top, left, side, side)
 
@@ -85,7 +88,7 @@ def resize_matrix(
     n: int, # Pixels along a side
     size: int, # Pixels after resizing
     device: torch.device | None = None, # Of the matrix
-) -> torch.Tensor: # size×n; its rows sum to 1
+) -> Tensor: # size×n; its rows sum to 1
     "Antialiased bilinear resizing of one side, as a matrix."
     step = n / size
     centres = (torch.arange(size, device=device) + 0.5) * step
@@ -104,8 +107,8 @@ class Preparation(PreProcessor):
         self.config = config
 
     def forward(self,
-        batch: torch.Tensor, # N×3×H×W in [0, 1]
-    ) -> torch.Tensor: # N×3×crop×crop
+        batch: Tensor, # N×3×H×W in [0, 1]
+    ) -> Tensor: # N×3×crop×crop
         "Resize by matrices, and crop."
         h, w = batch.shape[-2:]
         if self.config.resize:
@@ -124,8 +127,9 @@ class Preparation(PreProcessor):
     ):
         "Raises `ConfigError` for a checkpoint with another pre-processor."
         if config:
-            raise ConfigError('this checkpoint was written with another pre-processor; '
-                              'expected it as pre_processor=… of load_from_checkpoint')
+            raise ConfigError(
+                'this checkpoint was written with another pre-processor; '
+                'expected it as pre_processor=… of load_from_checkpoint')
 
 # %% ../../nbs/deploy/02_anomalib_model.ipynb #4566971c
 class CseModel(DynamicBufferMixin, nn.Module):
@@ -135,8 +139,9 @@ class CseModel(DynamicBufferMixin, nn.Module):
     ):
         super().__init__()
         if config.density_layers:
-            given = f'density_layers={config.density_layers}'
-            raise ConfigError(f'{given}: expected none; here only the embedding gives the score')
+            raise ConfigError(
+                f'density_layers={config.density_layers}: expected none; '
+                'here only the embedding gives the score')
         random = config.replace(weights='random', device='cpu', engine='torch')
         extractor = FeatureExtractor.from_config(random)
         self.config = config
@@ -158,21 +163,24 @@ class CseModel(DynamicBufferMixin, nn.Module):
         self.prototypes = detector.bank.prototypes
 
     def check(self,
-        images: torch.Tensor, # A batch of anomalib
+        images: Tensor, # A batch of anomalib
     ):
         "Refuse images that are not prepared. Raises `DataError`."
         side = self.config.crop
         if images.shape[1:] == (3, side, side): return
-        raise DataError(f'batch: has shape {tuple(images.shape)}; expected N×3×{side}×{side}, '
-                        'which the default pre-processor makes of RGB images')
+        raise DataError(
+            f'batch: has shape {tuple(images.shape)}; '
+            f'expected N×3×{side}×{side}, '
+            'which the default pre-processor makes of RGB images')
 
     def forward(self,
-        images: torch.Tensor, # N×3×crop×crop in [0, 1]
+        images: Tensor, # N×3×crop×crop in [0, 1]
     ) -> InferenceBatch: # N scores; N×1×crop×crop maps, or None without maps
         "Raw scores and maps. Raises `RuntimeError` before a fit."
         if not self.prototypes.numel():
-            raise RuntimeError('this model is not fitted; '
-                               'call Engine.fit first, or load a checkpoint')
+            raise RuntimeError(
+                'this model is not fitted; '
+                'call Engine.fit first, or load a checkpoint')
         self.check(images)
         bank = MemoryBank.from_config(self.config)
         bank.prototypes = self.prototypes
@@ -188,7 +196,9 @@ def _refuse_defective(batch, paths):
     labels = batch.gt_label
     if labels is None or not labels.any(): return
     first = paths[int(labels.int().argmax())]
-    raise DataError(f'{first}: is labelled as anomalous; expected defect-free training images')
+    raise DataError(
+        f'{first}: is labelled as anomalous; '
+        'expected defect-free training images')
 
 class ImageCollector:
     """Hooks of a Lightning module that collects training images and then fits.
@@ -212,12 +222,12 @@ class ImageCollector:
     def training_step(self,
         batch: Batch, # Defect-free images
         *args, **kwargs,
-    ) -> torch.Tensor: # 0: there is no loss here
+    ) -> Tensor: # 0: there is no loss here
         "Collect images. Raises `DataError` for another shape, and for defective images."
         self.model.check(batch.image)
         paths = batch.image_path or [None] * len(batch.image)
         _refuse_defective(batch, paths)
-        images = batch.image.detach().as_subclass(torch.Tensor).float().cpu()
+        images = batch.image.detach().as_subclass(Tensor).float().cpu()
         self._seen += tuple(zip(paths, images))
         return torch.zeros((), device=self.device, requires_grad=True)
 
@@ -239,7 +249,9 @@ class ImageCollector:
     def on_fit_end(self):
         "Raises `DataError` if there were no images."
         if self.trainer.num_training_batches: return
-        raise DataError('training set: holds no images; expected at least 4 defect-free ones')
+        raise DataError(
+            'training set: holds no images; '
+            'expected at least 4 defect-free ones')
 
 # %% ../../nbs/deploy/02_anomalib_model.ipynb #6abba129
 class Cse(ImageCollector, AnomalibModule):
@@ -286,20 +298,27 @@ class Cse(ImageCollector, AnomalibModule):
     @property
     def trainer_arguments(self) -> dict: # Arguments of Lightning's Trainer
         "One epoch on one device."
-        return dict(max_epochs=1, val_check_interval=1.0, num_sanity_val_steps=0,
-                    gradient_clip_val=0, devices=1)
+        return dict(
+            max_epochs=1,
+            val_check_interval=1.0,
+            num_sanity_val_steps=0,
+            gradient_clip_val=0,
+            devices=1,
+        )
 
     @property
     def learning_type(self) -> LearningType: return LearningType.ONE_CLASS
 
     def fit(self,
-        images: torch.Tensor, # N×3×crop×crop in [0, 1], defect-free
+        images: Tensor, # N×3×crop×crop in [0, 1], defect-free
     ):
         "Fit `cse.CSE` to prepared images. Raises what it raises."
         device = str(self.device) if self.device.type == 'cuda' else 'cpu'
-        progress = self._trainer is not None and self._trainer.progress_bar_callback is not None
-        detector = CSE(self.config.replace(device=device), self.textures, self.seed)
-        detector.fit(images, progress=progress)
+        config = self.config.replace(device=device)
+        trainer = self._trainer
+        bar = trainer and trainer.progress_bar_callback
+        detector = CSE(config, self.textures, self.seed)
+        detector.fit(images, progress=bar is not None)
         self.model.take(detector)
         self.model.to(self.device)
         self.history = detector.history
