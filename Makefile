@@ -39,7 +39,7 @@ hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS)
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cluster,dev,export,peers,report]'
+	$(BIN)/python -m pip install --quiet --editable '.[cluster,dev,export,baselines,report]'
 	touch $@
 
 test: export CUDA_VISIBLE_DEVICES :=

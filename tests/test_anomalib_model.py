@@ -1,4 +1,4 @@
-"CSE as a model of anomalib: found by name, the scores of the library, refitted each time, the same after a checkpoint and after export."
+"CSE as a model of anomalib: same scores as the library, after a checkpoint and after export."
 import subprocess
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[peers]'")
+pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[baselines]'")
 from cse import CSE, Config  # noqa: E402
 from cse.config import ConfigError  # noqa: E402
 from cse.data.images import DataError, Images  # noqa: E402
@@ -28,14 +28,25 @@ def root(surface):
     return surface / 'gravel'
 
 
+def quiet_engine(folder):
+    return Engine(
+        default_root_dir=folder, accelerator='cpu', enable_progress_bar=False, enable_model_summary=False)
+
+
 @pytest.fixture
 def engine(tmp_path):
-    return Engine(default_root_dir=tmp_path / 'results', accelerator='cpu', enable_progress_bar=False, enable_model_summary=False)
+    return quiet_engine(tmp_path / 'results')
 
 
 def data(root, **changes):
-    return Folder(**dict(name='gravel', root=root, normal_dir='train/good', normal_test_dir='test/good', abnormal_dir='test/bar', mask_dir='ground_truth/bar',
-                         train_batch_size=4, num_workers=0, val_split_mode='same_as_test') | changes)
+    folders = dict(
+        normal_dir='train/good',
+        normal_test_dir='test/good',
+        abnormal_dir='test/bar',
+        mask_dir='ground_truth/bar',
+    )
+    options = dict(train_batch_size=4, num_workers=0, val_split_mode='same_as_test')
+    return Folder('gravel', root=root, **folders | options | changes)
 
 
 def files(root):
@@ -52,7 +63,7 @@ def scores(model, engine, root):
 @pytest.fixture(scope='module')
 def fitted(root, tmp_path_factory):
     with quiet():
-        engine = Engine(default_root_dir=tmp_path_factory.mktemp('results'), accelerator='cpu', enable_progress_bar=False, enable_model_summary=False)
+        engine = quiet_engine(tmp_path_factory.mktemp('results'))
         model = Cse(**RAW)
         engine.fit(model, datamodule=data(root))
     return model, engine
@@ -68,24 +79,29 @@ def loader(*batches):
 
 
 def test_get_model_finds_it_once_it_is_imported():
-    code = "from anomalib.models import get_model; import cse.deploy.anomalib_model; print(type(get_model('cse')), get_model('cse', profile='smoke').config.epochs)"
+    code = '''from anomalib.models import get_model
+import cse.deploy.anomalib_model
+print(type(get_model('cse')), get_model('cse', profile='smoke').config.epochs)'''
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip().endswith("<class 'cse.deploy.anomalib_model.Cse'> 10"), 'and needs no weights before it is fitted'
+    expected = "<class 'cse.deploy.anomalib_model.Cse'> 10"
+    assert found.stdout.strip().endswith(expected), 'and needs no weights before it is fitted'
 
 
 def test_scores_and_maps_are_those_of_the_library(fitted, library, root):
-    "Loader and validation of anomalib shuffle and score; not a bit of the result is another."
+    "anomalib shuffles and validates; the result is the same bit by bit."
     model, engine = fitted
     expected = library.score(files(root), batch_size=6)
-    assert torch.equal(model.model.prototypes, library.bank.prototypes) and model.history == library.history
+    assert torch.equal(model.model.prototypes, library.bank.prototypes)
+    assert model.history == library.history
     assert np.array_equal(scores(model, engine, root), expected.image)
     with torch.no_grad():
         found = model.eval().model(torch.stack(list(Images(files(root), CONFIG))))
-    assert found.anomaly_map.shape == (6, 1, 128, 128) and np.allclose(found.anomaly_map[:, 0], expected.map, atol=1e-6)
+    assert found.anomaly_map.shape == (6, 1, 128, 128)
+    assert np.allclose(found.anomaly_map[:, 0], expected.map, atol=1e-6)
 
 
 def test_prepared_tensors_need_no_pre_processor(library, root, engine):
-    "And validation may be absent, and paths."
+    "Validation and paths may be absent too."
     images = torch.stack(list(Images(root / 'train', CONFIG)))
     model = Cse(**RAW, pre_processor=False)
     with quiet():
@@ -99,19 +115,21 @@ def test_each_fit_starts_afresh(library, root, engine):
         engine.fit(model, datamodule=data(root))
         other, model.seed = model.model.prototypes, 0
         engine.fit(model, datamodule=data(root))
-    assert not torch.equal(other, library.bank.prototypes) and torch.equal(model.model.prototypes, library.bank.prototypes)
+    assert not torch.equal(other, library.bank.prototypes)
+    assert torch.equal(model.model.prototypes, library.bank.prototypes)
 
 
 def test_a_checkpoint_restores_a_fitted_model(fitted, root):
     model, engine = fitted
     with quiet():
         restored = Cse.load_from_checkpoint(engine.best_model_path)
-    assert {'model.prototypes', 'model.embedder.w1'} <= restored.state_dict().keys() and isinstance(restored.pre_processor, Preparation)
+    assert {'model.prototypes', 'model.embedder.w1'} <= restored.state_dict().keys()
+    assert isinstance(restored.pre_processor, Preparation)
     assert np.array_equal(scores(restored, engine, root), scores(model, engine, root))
 
 
 def whole(root):
-    "Images as files have them: larger than the model's."
+    "Images as in the files, larger than those of the model."
     return torch.stack(list(Images(files(root), Config(resize=0, crop=256))))
 
 
@@ -122,7 +140,8 @@ def test_an_exported_model_scores_the_same(fitted, root, tmp_path):
         path = engine.export(model, 'torch', export_root=tmp_path)
     with torch.no_grad():
         found = torch.load(path, weights_only=False)['model'].eval()(whole(root))
-    assert np.abs(found.pred_score.numpy() - expected).max() < 1e-5 and found.anomaly_map.shape == (6, 1, 128, 128)
+    assert np.abs(found.pred_score.numpy() - expected).max() < 1e-5
+    assert found.anomaly_map.shape == (6, 1, 128, 128)
 
 
 def test_onnx_and_openvino_score_the_same(root, engine, tmp_path):
@@ -139,7 +158,7 @@ def test_onnx_and_openvino_score_the_same(root, engine, tmp_path):
 @pytest.mark.parametrize('image, label, message', [
     (torch.rand(4, 3, 96, 96), None, r'batch: has shape \(4, 3, 96, 96\); expected N×3×128×128'),
     (torch.rand(4, 1, 128, 128), None, r'has shape \(4, 1, 128, 128\); expected .* of RGB images'),
-    (torch.rand(4, 3, 128, 128), torch.tensor([0, 1, 0, 0]), 'is labelled as anomalous; expected defect-free'),
+    (torch.rand(4, 3, 128, 128), torch.tensor([0, 1, 0, 0]), 'is labelled as anomalous; expected'),
 ])
 def test_training_images_that_cannot_be_used(image, label, message):
     class Items:  # `ImageBatch` refuses grey images itself
@@ -155,7 +174,9 @@ def test_too_few_images_and_none(engine):
     with quiet(), pytest.raises(DataError, match='2 defect-free images: expected at least 4'):
         engine.fit(Cse(**RAW, pre_processor=False), loader(few))
     with quiet(), pytest.raises(DataError, match='training set: holds no images'):
-        Engine(default_root_dir=engine._cache.args['default_root_dir'], accelerator='cpu', barebones=True).fit(Cse(**RAW), loader())
+        folder = engine._cache.args['default_root_dir']
+        engine = Engine(default_root_dir=folder, accelerator='cpu', barebones=True)
+        engine.fit(Cse(**RAW), loader())
 
 
 def test_normalised_and_small_images_are_refused():

@@ -505,7 +505,7 @@ def test_joined_scores_are_those_of_their_parts(good):
     alone = CSE(Config.clean(**SMALL, embedding_weight=0.0)).fit(good, progress=False)
     with torch.no_grad(): distances = alone.density(alone.extractor(torch.stack([Images(good, alone.config)[i] for i in range(6)]))).amax((1, 2)).numpy()
     assert (np.argsort(alone.score(good[:6]).image) == np.argsort(distances)).all()
-    from cse.baselines.anomalib import MeanDistance
+    from cse.baselines.features import MeanDistance
     assert MeanDistance(Config.clean(**SMALL)).fit(good, progress=False).extractor.layers == (3, 4)
 
 

@@ -1,4 +1,4 @@
-"RD++: its losses by hand, its noise, the same scores from the same seed, the settings of the original, and what it refuses."
+"RD++: losses by hand, noise, equal scores from equal seeds, settings of the original, and errors."
 import sys
 
 import numpy as np
@@ -9,15 +9,25 @@ from cse.config import Config, ConfigError
 from cse.data.images import Images
 from cse.data.folders import load_category
 from cse.data.seeds import seeded
-from cse.baselines.rdpp import PEERS, RDpp, add_noise, contrast_loss, cosine_loss, losses, octave_noise, simplex_noise, transport_loss
+from cse.baselines.rdpp import RDpp, add_noise, contrast_loss, cosine_loss, losses
+from cse.baselines.rdpp import octave_noise, simplex_noise, transport_loss
+from cse.baselines.registry import BASELINES
 
-SMALL = dict(epochs=2, extractor='tf_efficientnet_lite0', weights='random', engine='torch', layers=(2, 3), resize=128, crop=128)
+SMALL = dict(
+    epochs=2,
+    extractor='tf_efficientnet_lite0',
+    weights='random',
+    engine='torch',
+    layers=(2, 3),
+    resize=128,
+    crop=128,
+)
 
 
 @pytest.fixture(scope='module')
-def peers():
+def packages():
     for name in ('anomalib', 'geomloss'):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'cse[peers]'")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'cse[baselines]'")
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +36,7 @@ def images(surface):
 
 
 @pytest.fixture(scope='module')
-def fitted(peers, images):
+def fitted(packages, images):
     return RDpp(Config.smoke(**SMALL), seed=3).fit(images.train, progress=False)
 
 
@@ -47,8 +57,10 @@ def test_a_network_from_features_to_scores(fitted, images):
     assert found.map.shape == (6, 128, 128) and np.isfinite(found.map).all() and found.image.std() > 0
     with torch.no_grad():
         scores, maps = fitted.fuse()(torch.stack(list(Images(images.test[:2], fitted.config))))
-    assert np.allclose(scores, found.image[:2], rtol=1e-4) and np.allclose(maps, found.map[:2], rtol=1e-3, atol=1e-4)
-    assert [sorted(h) for h in fitted.history] == [['contrast', 'distillation', 'epoch', 'loss', 'reconstruction', 'transport']] * 2
+    assert np.allclose(scores, found.image[:2], rtol=1e-4)
+    assert np.allclose(maps, found.map[:2], rtol=1e-3, atol=1e-4)
+    names = ['contrast', 'distillation', 'epoch', 'loss', 'reconstruction', 'transport']
+    assert [sorted(h) for h in fitted.history] == [names] * 2
     assert fitted.best_epoch == 1
 
 
@@ -57,15 +69,20 @@ def test_the_map_adds_distances_and_smooths_them(fitted, images):
     with torch.no_grad():
         features = fitted.extractor(Images(images.test, fitted.config)[0][None])
         network = fitted.head()
-        restored = network.decoder(network.bottleneck(network.project(features)))
-        expected = sum(torch.nn.functional.interpolate((1 - (f * r).sum(1) / (f.norm(dim=1) * r.norm(dim=1)))[:, None], (128, 128), mode='bilinear', align_corners=True)
-                       for f, r in zip(features, restored))[0, 0]
+        restored = network.restore(network.project(features))
+        expected = 0
+        for f, r in zip(features, restored):
+            distance = 1 - (f * r).sum(1) / (f.norm(dim=1) * r.norm(dim=1))
+            enlarged = torch.nn.functional.interpolate(
+                distance[:, None], (128, 128), mode='bilinear', align_corners=True)
+            expected = expected + enlarged[0, 0]
         found = network(*features)[1][0]
     assert np.allclose(found, gaussian_filter(expected.numpy(), 4, mode='mirror'), atol=1e-4)
 
 
-def test_losses_by_hand(peers):
-    maps = lambda purpose: [torch.randn(3, 4, n, n, generator=seeded(0, purpose, n)) for n in (4, 2)]
+def test_losses_by_hand(packages):
+    def maps(purpose):
+        return [torch.randn(3, 4, n, n, generator=seeded(0, purpose, n)) for n in (4, 2)]
     clean, noisy, projected, noisy_projected, restored = map(maps, range(5))
     noisy[0] = projected[0] + 0.1 * noisy[0]  # near enough for the margin
     def cosines(a, b):
@@ -77,9 +94,11 @@ def test_losses_by_hand(peers):
     order = torch.tensor([2, 0, 1])
     found = losses(clean, noisy, projected, noisy_projected, restored, order)
     assert contrast > 0.3 and abs(found['transport']) < 1e-6
-    expected = dict(loss=distillation + 0.2 * (0.01 * reconstruction + 0.1 * contrast) / 1.11, distillation=distillation, reconstruction=reconstruction, contrast=contrast)
+    loss = distillation + 0.2 * (0.01 * reconstruction + 0.1 * contrast) / 1.11
+    expected = dict(loss=loss, distillation=distillation, reconstruction=reconstruction, contrast=contrast)
     assert {k: found[k].item() for k in expected} == pytest.approx(expected, rel=1e-5)
-    assert cosine_loss(restored, clean) == found['distillation'] and contrast_loss(noisy, projected) == found['contrast']
+    assert cosine_loss(restored, clean) == found['distillation']
+    assert contrast_loss(noisy, projected) == found['contrast']
     assert transport_loss(projected, order) == found['transport']
 
 
@@ -96,31 +115,44 @@ def test_noise_lies_in_one_rectangle(size):
     image = torch.full((3, size, size), 0.5)
     changed = [(add_noise(image, seeded(0, 'noise', i)) != image).any(0) for i in range(20)]
     sides = [(int(c.any(1).sum()), int(c.any(0).sum())) for c in changed]
-    assert all(round(size * 10 / 256) <= s <= size // 8 for pair in sides for s in pair) and len(set(sides)) > 5
-    assert all(c.float().mean() * size ** 2 >= 0.95 * h * w for c, (h, w) in zip(changed, sides))
-    assert torch.equal(octave_noise(9, 7, seeded(0, 'a')), octave_noise(9, 7, seeded(0, 'a'))) and (image == 0.5).all()
+    assert len(set(sides)) > 5
+    for mask, (h, w) in zip(changed, sides):
+        assert all(round(size * 10 / 256) <= side <= size // 8 for side in (h, w))
+        assert mask.float().mean() * size ** 2 >= 0.95 * h * w
+    assert (image == 0.5).all(), 'the image itself is unchanged'
+    first, again = (octave_noise(9, 7, seeded(0, 'a')) for _ in range(2))
+    assert torch.equal(first, again)
 
 
-def test_settings(peers):
-    original, plain, smoke = (PEERS[n](c) for n, c in (('rdpp/original', Config()), ('rdpp', Config()), ('rdpp', Config.smoke())))
-    assert original.config == Config(extractor='wide_resnet50_2.tv_in1k', layers=(1, 2, 3), resize=256, crop=256, epochs=100, batch_size=16, lr=5e-3, weight_decay=0.0)
-    assert (plain.config.extractor, plain.config.layers, plain.config.crop) == (Config().extractor, (3, 4), 224)
+def test_settings(packages):
+    original = BASELINES['rdpp/original'](Config())
+    plain, smoke = RDpp(Config()), RDpp(Config.smoke())
+    images = dict(resize=256, crop=256)
+    network = dict(extractor='wide_resnet50_2.tv_in1k', layers=(1, 2, 3))
+    training = dict(epochs=100, batch_size=16, lr=5e-3, weight_decay=0.0)
+    assert original.config == Config(**images, **network, **training)
+    assert plain.config.extractor == Config().extractor
+    assert (plain.config.layers, plain.config.crop) == ((3, 4), 224)
     assert (smoke.config.epochs, smoke.about['published_epochs']) == (6, 100)
-    assert (original.about['decoder'], plain.about['decoder']) == ('mirrored ResNet', 'fitted to the features')
-    assert all(p(p(Config()).config).config == p(Config()).config for p in PEERS.values())
+    assert original.about['decoder'] == 'mirrored ResNet'
+    assert plain.about['decoder'] == 'fitted to the features'
+    for method in (RDpp, BASELINES['rdpp/original']):
+        settled = method(Config()).config
+        assert method(settled).config == settled
 
 
-def test_what_is_refused(peers, images, monkeypatch):
+def test_what_is_refused(packages, images, monkeypatch):
     with pytest.raises(ConfigError, match='at least 3×3'):
-        RDpp(Config.smoke(**SMALL | dict(layers=(4,), resize=64, crop=64))).fit(images.train, progress=False)
+        config = Config.smoke(**SMALL | dict(layers=(4,), resize=64, crop=64))
+        RDpp(config).fit(images.train, progress=False)
     from cse.training import TrainingError
     with pytest.raises(TrainingError, match='a smaller lr may help'):
         RDpp(Config.smoke(**SMALL | dict(lr=1e30))).fit(images.train, progress=False)
     monkeypatch.setitem(sys.modules, 'geomloss', None)
-    with pytest.raises(ConfigError, match=r"pip install 'cse\[peers\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'cse\[baselines\]'"):
         RDpp(Config.smoke())
 
 
-def test_a_batch_of_one_image(peers, images):
+def test_a_batch_of_one_image(packages, images):
     method = RDpp(Config.smoke(**SMALL | dict(epochs=1), batch_size=5)).fit(images.train, progress=False)
     assert np.isfinite(method.score(images.test).image).all()

@@ -27,15 +27,14 @@ from ..data.builtin import SURFACES, TEXTILES, VERSION, builtin_surfaces
 from ..extractor import pick_device
 from ..detector import CSE
 from ..classifier import ClassifierDetector
-from ..baselines.anomalib import PEERS, UnsuitableError
-from ..baselines.mixed_teacher import PEERS as MIXED_TEACHER
-from ..baselines.rdpp import PEERS as RDPP
+from ..baselines.features import UnsuitableError
+from ..baselines.registry import BASELINES
 from ..metrics import aupro, auroc, auroc_interval, pixel_auroc
 from .figures import worst_pictures
 from .scheduling import Outcome, Task, as_scheduler, remaining, run_tasks
 
 # %% ../../nbs/lab/03_runs.ipynb #7988bfb3
-METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | PEERS | RDPP | MIXED_TEACHER
+METHODS = {'cse': CSE, 'classifier': ClassifierDetector} | BASELINES
 
 def make_method(
     name: str, # A key of `METHODS`
@@ -50,7 +49,7 @@ def make_method(
 def variant(
     name: str, # A key of `METHODS`, or 'cse/' and a decoder mode
     config: Config, # Every setting
-) -> tuple[str, Config]: # A key of `METHODS`; the settings with that decoder, or with what a peer brings along
+) -> tuple[str, Config]: # A key of `METHODS`; the settings with that decoder, or with those of a baseline
     "What a column of a table runs. Raises `ConfigError`."
     method, slash, decoder = (name, '', '') if name in METHODS else name.partition('/')
     if slash and method != 'cse': raise ConfigError(f'method={name!r}: only cse has decoder modes')

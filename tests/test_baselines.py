@@ -1,4 +1,4 @@
-"The competitors from anomalib: one face, no test data in fitting, settings in the record, and a clear word where something cannot be had."
+"Baselines: one interface, no test data in fitting, settings in the record, and clear errors."
 import json
 import subprocess
 import sys
@@ -11,7 +11,9 @@ from cse.config import Config, ConfigError, fingerprint
 from cse.data.images import DataError
 from cse.data.folders import load_category
 from cse.lab.runs import METHODS, grid, make_method, run, variant
-from cse.baselines.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
+from cse.baselines.anomalib_methods import CFA, FastFlow, PatchCore
+from cse.baselines.features import MeanDistance
+from cse.baselines.registry import BASELINES
 
 SAME = ('patchcore', 'padim', 'cfa', 'fastflow', 'reverse_distillation')
 SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch')
@@ -19,7 +21,7 @@ SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch')
 
 @pytest.fixture(scope='module')
 def anomalib():
-    return pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[peers]'")
+    return pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[baselines]'")
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +31,7 @@ def images(surface):
 
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
 def test_a_method_on_the_extractor_of_the_run(anomalib, images, tiny, name, capfd):
-    method = PEERS[name](tiny).fit(images.train, progress=False)
+    method = BASELINES[name](tiny).fit(images.train, progress=False)
     scores = method.score(images.test)
     assert method.extractor.info['name'] == 'tf_efficientnet_lite0' and method.config.layers == (3, 4)
     assert np.isfinite(scores.image).all() and scores.image.std() > 0
@@ -43,27 +45,29 @@ def test_a_method_on_the_extractor_of_the_run(anomalib, images, tiny, name, capf
 def test_the_same_seed_gives_the_same_scores(anomalib, images, name):
     config = Config.smoke(**SMALL, layers=(2, 3), crop=128, resize=128)
     torch.manual_seed(1)
-    first, state = PEERS[name](config, seed=3).fit(images.train, progress=False).score(images.test), torch.get_rng_state()
+    first = BASELINES[name](config, seed=3).fit(images.train, progress=False)
+    first, state = first.score(images.test), torch.get_rng_state()
     torch.manual_seed(2)
-    again = PEERS[name](config.replace(workers=1), seed=3).fit(images.train, progress=False).score(images.test)
+    again = BASELINES[name](config.replace(workers=1), seed=3).fit(images.train, progress=False)
+    again = again.score(images.test)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.map, again.map)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state), 'global generators are left as they were'
 
 
 def test_scores_are_those_of_anomalib_on_images(anomalib, images):
-    "The slot changes nothing: PatchCore with an extractor of anomalib's own and the same weights scores alike."
+    "PatchCore gives the same scores with an extractor of anomalib's own and the same weights."
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
-    peer = PatchCore(Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
+    method = PatchCore(Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
     model = PatchcoreModel(['layer2', 'layer3'], 'resnet18', pre_trained=False, num_neighbors=1)
-    own = peer.extractor.model.model.state_dict()
+    own = method.extractor.model.model.state_dict()
     assert not model.feature_extractor.feature_extractor.load_state_dict(own, strict=False).missing_keys
-    model.memory_bank = peer.network.model.memory_bank
+    model.memory_bank = method.network.model.memory_bank
     from cse.data.images import Images
-    batch = torch.stack(list(Images(images.test, peer.config)))
+    batch = torch.stack(list(Images(images.test, method.config)))
     with torch.no_grad():
-        expected = model.eval()((batch - peer.extractor.model.mean) / peer.extractor.model.std)
-    found = peer.score(images.test)
+        expected = model.eval()((batch - method.extractor.model.mean) / method.extractor.model.std)
+    found = method.score(images.test)
     assert np.allclose(found.image, expected.pred_score.numpy(), rtol=1e-3)
     assert np.allclose(found.map, expected.anomaly_map[:, 0].numpy(), rtol=1e-3, atol=1e-4)
 
@@ -71,47 +75,67 @@ def test_scores_are_those_of_anomalib_on_images(anomalib, images):
 def test_the_chosen_patches_are_those_of_anomalib(anomalib):
     from unittest.mock import patch
     from anomalib.models.components import KCenterGreedy
-    from cse.baselines.anomalib import _update_distances, global_seed, quiet
+    from cse.baselines.anomalib import quiet
+    from cse.baselines.anomalib_methods import _update_distances
+    from cse.baselines.features import global_seed
+    features = torch.rand(400, 30, generator=torch.Generator().manual_seed(0))
     def chosen():
         with global_seed(7), quiet():
-            return KCenterGreedy(torch.rand(400, 30, generator=torch.Generator().manual_seed(0)), 0.2).select_coreset_idxs()
+            return KCenterGreedy(features, 0.2).select_coreset_idxs()
     expected = chosen()
     with patch.object(KCenterGreedy, 'update_distances', _update_distances):
         assert chosen() == expected
 
 
 def test_original_forms_have_the_settings_of_their_papers(anomalib):
-    settings = lambda name: make_method(name, Config()).config
-    assert settings('patchcore/original').layers == (2, 3) and settings('patchcore/original').extractor == 'wide_resnet50_2.tv_in1k'
-    assert settings('padim/original').extractor == 'resnet18.tv_in1k' and settings('padim/original').crop == 224
-    cfa, flow, rd = settings('cfa/original'), settings('fastflow/original'), settings('reverse_distillation/resnet18')
-    assert (cfa.epochs, cfa.batch_size, cfa.lr, cfa.weight_decay) == (30, 4, 1e-3, 5e-4)
-    assert (flow.epochs, flow.batch_size, flow.crop) == (500, 32, 256)
-    assert (rd.epochs, rd.batch_size, rd.lr, rd.crop, rd.layers, rd.extractor) == (200, 16, 5e-3, 256, (1, 2, 3), 'resnet18.tv_in1k')
+    def settings(name, *names):
+        config = make_method(name, Config()).config
+        return tuple(getattr(config, n) for n in names)
+    wide, small = 'wide_resnet50_2.tv_in1k', 'resnet18.tv_in1k'
+    assert settings('patchcore/original', 'layers', 'extractor') == ((2, 3), wide)
+    assert settings('padim/original', 'extractor', 'crop') == (small, 224)
+    found = settings('cfa/original', 'epochs', 'batch_size', 'lr', 'weight_decay')
+    assert found == (30, 4, 1e-3, 5e-4)
+    assert settings('fastflow/original', 'epochs', 'batch_size', 'crop') == (500, 32, 256)
+    name = 'reverse_distillation/resnet18'
+    assert settings(name, 'epochs', 'batch_size', 'lr') == (200, 16, 5e-3)
+    assert settings(name, 'crop', 'layers', 'extractor') == (256, (1, 2, 3), small)
 
 
 def test_settings_that_were_changed_win_over_those_of_the_method(anomalib):
     assert FastFlow(Config.smoke(epochs=3, lr=1e-2)).config.replace(profile='paper').lr == 1e-2
-    assert FastFlow(Config.smoke(epochs=3)).config.epochs == 3 and FastFlow(Config.smoke()).config.epochs == 10
-    given = CFA(Config(extractor='wide_resnet50_2', weights='some.safetensors'), original='wide_resnet50_2.tv_in1k').config
+    assert FastFlow(Config.smoke(epochs=3)).config.epochs == 3
+    assert FastFlow(Config.smoke()).config.epochs == 10
+    wide = 'wide_resnet50_2.tv_in1k'
+    given = CFA(Config(extractor='wide_resnet50_2', weights='some.safetensors'), original=wide).config
     assert (given.extractor, given.weights) == ('wide_resnet50_2', 'some.safetensors')
-    assert CFA(Config.smoke(), original='wide_resnet50_2.tv_in1k').config.weights == 'timm', 'the packaged weights belong to another network'
-    for name in PEERS:
+    other = CFA(Config.smoke(), original=wide).config
+    assert other.weights == 'timm', 'the packaged weights belong to another network'
+    for name in BASELINES:
         settled = make_method(name, Config()).config
         assert make_method(name, settled).config == settled
 
 
-@pytest.mark.parametrize('layers, decoder', [((1, 2, 3), 'mirrored ResNet'), ((2, 3), 'fitted to the features')])
+@pytest.mark.parametrize('layers, decoder', [
+    ((1, 2, 3), 'mirrored ResNet'),
+    ((2, 3), 'fitted to the features'),
+])
 def test_reverse_distillation_on_a_resnet(anomalib, images, layers, decoder):
-    method = make_method('reverse_distillation', Config.smoke(**SMALL, layers=layers, resize=128, crop=128)).fit(images.train, progress=False)
+    config = Config.smoke(**SMALL, layers=layers, resize=128, crop=128)
+    method = make_method('reverse_distillation', config).fit(images.train, progress=False)
     assert method.config.layers == layers and method.about['decoder'] == decoder and len(method.history) == 1
-    assert type(method.network.model.bottleneck).__name__ == ('OCBE' if layers == (1, 2, 3) else 'FittedBottleneck')
+    kind = 'OCBE' if layers == (1, 2, 3) else 'FittedBottleneck'
+    assert type(method.network.model.bottleneck).__name__ == kind
     assert np.isfinite(method.score(images.test).image).all()
 
 
-@pytest.mark.parametrize('shapes', [[(8, 7, 7)], [(4, 28, 28), (6, 14, 14), (8, 7, 7)], [(4, 25, 25), (4, 13, 13), (6, 13, 13), (8, 6, 6)]])
+@pytest.mark.parametrize('shapes', [
+    [(8, 7, 7)],
+    [(4, 28, 28), (6, 14, 14), (8, 7, 7)],
+    [(4, 25, 25), (4, 13, 13), (6, 13, 13), (8, 6, 6)],
+])
 def test_fitted_bottleneck_and_decoder_return_to_the_shapes(anomalib, shapes):
-    from cse.baselines.anomalib import FittedBottleneck, FittedDecoder
+    from cse.baselines.reverse_distillation import FittedBottleneck, FittedDecoder
     squeezed = FittedBottleneck(shapes)([torch.randn(2, *s) for s in shapes])
     assert squeezed.shape == (2, 16, -(-shapes[-1][1] // 2), -(-shapes[-1][2] // 2))
     restored = FittedDecoder(shapes)(squeezed)
@@ -120,20 +144,25 @@ def test_fitted_bottleneck_and_decoder_return_to_the_shapes(anomalib, shapes):
 
 def test_reverse_distillation_refuses_maps_too_small_for_a_bottleneck(anomalib, images):
     with pytest.raises(ConfigError, match='2×2 positions.*at least 3×3'):
-        make_method('reverse_distillation', Config.smoke(**SMALL, resize=64, crop=64)).fit(images.train, progress=False)
+        method = make_method('reverse_distillation', Config.smoke(**SMALL, resize=64, crop=64))
+        method.fit(images.train, progress=False)
 
 
 def test_a_grid_of_both_forms(anomalib, surface, tmp_path):
     small = Config.smoke(**SMALL, layers=(2, 3), resize=128, crop=128)
-    records = grid(small, surface, ['gravel'], ['mean_distance', 'reverse_distillation'], results=tmp_path, progress=False)
+    methods = ['mean_distance', 'reverse_distillation']
+    records = grid(small, surface, ['gravel'], methods, results=tmp_path, progress=False)
     assert [r['parameters'].get('decoder') for r in records] == [None, 'fitted to the features']
 
 
 def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
     config = Config.smoke(epochs=1)
     record = run(config, surface, 'gravel', 'fastflow', results=tmp_path)
-    assert (record['method'], record['config']['batch_size'], record['config']['lr'], record['config']['epochs']) == ('fastflow', 32, 1e-3, 1)
-    assert record['parameters'] == dict(flow_steps=8, conv3x3_only=False, hidden_ratio=1.0, published_epochs=500) and record['versions']['anomalib']
+    settings = record['config']
+    assert record['method'] == 'fastflow'
+    assert (settings['batch_size'], settings['lr'], settings['epochs']) == (32, 1e-3, 1)
+    parameters = dict(flow_steps=8, conv3x3_only=False, hidden_ratio=1.0, published_epochs=500)
+    assert record['parameters'] == parameters and record['versions']['anomalib']
     assert len(record['training']['history']) == 1 and record['metrics']['pixel_auroc'] is not None
     assert run(config, surface, 'gravel', 'fastflow', results=tmp_path) == record, 'a finished run is read'
     padim = run(config, surface, 'gravel', 'padim', results=tmp_path)
@@ -142,29 +171,32 @@ def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
 
 
 def test_a_score_does_not_depend_on_the_images_beside_it(anomalib, images, tiny):
-    "anomalib validates on test images by default; a method that never sees them scores the same however many there are."
+    "anomalib validates on test images by default. Without them, the number of test images does not matter."
     method = FastFlow(tiny).fit(images.train, progress=False)
     whole = method.score(images.test).image
     assert np.allclose(whole[:2], method.score(images.test[:2]).image, rtol=1e-4)
 
 
-def test_a_diverged_training_is_no_result(anomalib, images):
+def test_a_diverged_training_run_raises(anomalib, images):
     from cse.training import TrainingError
     with pytest.raises(TrainingError, match='a smaller lr may help'):
         FastFlow(Config.smoke(epochs=30, lr=1e6)).fit(images.train, progress=False)
 
 
-def test_without_anomalib_all_else_works(monkeypatch, images, tiny):
+def test_everything_else_works_without_anomalib(monkeypatch, images, tiny):
     monkeypatch.setitem(sys.modules, 'anomalib', None)
-    with pytest.raises(ConfigError, match=r"pip install 'cse\[peers\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'cse\[baselines\]'"):
         variant('patchcore', tiny)
     assert variant('cse', tiny)[1] == tiny
     assert np.isfinite(MeanDistance(tiny).fit(images.train, progress=False).score(images.test).image).all()
 
 
 def test_nothing_is_loaded_before_it_is_needed():
-    code = "import sys, cse, cse.lab.runs; assert 'patchcore' in cse.lab.runs.METHODS; print({'anomalib', 'lightning', 'geomloss', 'opensimplex'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
+    code = '''import sys, cse, cse.lab.runs
+assert 'patchcore' in cse.lab.runs.METHODS
+print({'anomalib', 'lightning', 'geomloss', 'opensimplex'} & set(sys.modules))'''
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == 'set()'
 
 
 def test_names_stay_those_of_the_published_tables():
@@ -175,18 +207,19 @@ def test_names_stay_those_of_the_published_tables():
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
 def test_the_whole_method_is_one_network(anomalib, images, name):
     "Speed is measured on it."
-    method = PEERS[name](Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
+    method = BASELINES[name](Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
     from cse.data.images import Images
     with torch.no_grad():
         scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
     found = method.score(images.test[:2])
-    assert np.allclose(scores, found.image, rtol=1e-4) and np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)
+    assert np.allclose(scores, found.image, rtol=1e-4)
+    assert np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
 def test_a_compiled_method_scores_as_before(anomalib, images, tiny, name, caplog):
-    "Where OpenVINO cannot compute the head, or computes something else, PyTorch does, and a warning says so."
-    method = PEERS[name](tiny).fit(images.train, progress=False)
+    "If OpenVINO fails or its outputs differ, PyTorch computes the head, with a warning."
+    method = BASELINES[name](tiny).fit(images.train, progress=False)
     before = method.score(images.test).image
     assert np.allclose(method.compile().score(images.test).image, before, rtol=1e-4)
     assert (method._whole is None) == ('PyTorch computes it instead' in caplog.text)
@@ -195,4 +228,4 @@ def test_a_compiled_method_scores_as_before(anomalib, images, tiny, name, caplog
 
 def test_padim_needs_two_images(anomalib, images, tiny):
     with pytest.raises(DataError, match='at least 2'):
-        PEERS['padim'](tiny).fit(images.train[:1], progress=False)
+        BASELINES['padim'](tiny).fit(images.train[:1], progress=False)
