@@ -31,7 +31,7 @@ from .fast.pairs import CachedPairs
 from .fast.scorer import Scorer
 from .fast.session import Session
 
-# %% ../nbs/08_detector.ipynb #35a244c6
+# %% ../nbs/08_detector.ipynb #73a016d3
 def _check_arguments(config, seed) -> tuple[Config, int]:
     "Configuration and seed of a detector. Raises `ConfigError`."
     if not isinstance(config, Config):
@@ -48,7 +48,7 @@ def _check_strides(extractor, config):
 
 class Detector(Scorer):
     "A frozen extractor, something learned from defect-free images, and a head that scores features."
-    settings: ClassVar[type[Config]] = Config # Kind of its configuration
+    config_class: ClassVar[type[Config]] = Config # Class of its configuration
     kinds: ClassVar[dict] = {} # Name → class, for reading saved models
 
     def __init_subclass__(cls): Detector.kinds[cls.__name__] = cls
@@ -58,8 +58,8 @@ class Detector(Scorer):
         textures: Textures | None = None, # A folder, or M×3×h×w; built-in ones if not given
         seed: int = 0, # Seed of everything random
     ):
-        config, self.seed = _check_arguments(self.settings() if config is None else config, seed)
-        self.config, self.textures = self.settings.of(config), textures
+        config, self.seed = _check_arguments(self.config_class() if config is None else config, seed)
+        self.config, self.textures = self.config_class.of(config), textures
         self.extractor = self._head = self._whole = None
         self._fitted = self.interrupted = False
         self.history, self.best_epoch, self.clock, self.fitted_on = [], None, Stopwatch(), {}
@@ -184,7 +184,7 @@ def check_extractor(
         raise ModelError(f'/model.json: channels={about["channels"]}; expected {channels}, '
                          f'which {detector.config.extractor} has')
 
-# %% ../nbs/08_detector.ipynb #229b2a6b
+# %% ../nbs/08_detector.ipynb #47fd3d45
 class Saved(Detector):
     "A detector that is saved as tensors and JSON. Subclasses say which tensors."
     def about(self) -> dict:
@@ -213,7 +213,7 @@ class Saved(Detector):
             raise ConfigError(f'{name}={runtime[name]!r}: expected one of {", ".join(allowed)}')
         about, tensors = read_model(folder)
         kind = cls._kind(folder, about['class'])
-        try: config = kind.settings.from_dict(about['config'])
+        try: config = kind.config_class.from_dict(about['config'])
         except ConfigError as e: raise ModelError(f'{folder}/model.json: {e}') from e
         self = kind(config.replace(**runtime), seed=about['seed'])
         self.extractor = FastExtractor.from_config(self.config, self.layers)

@@ -10,15 +10,17 @@ import random
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..config import PROFILES, Config, ConfigError
-from ..data.images import Images
+from ..data.good_images import good_images
+from ..data.images import ImageSource
 from ..data.timing import Stopwatch
 from ..detector import Detector
-from ..extractor import FeatureExtractor
+from ..fast.engines import FastExtractor
 from ..fast.cache import FeatureCache
 
 # %% ../../nbs/baselines/01_features.ipynb #0ad0d424
@@ -31,20 +33,15 @@ class FeatureDetector(Detector):
     Subclasses define `_learn(cache, progress)`, which returns a network from features to
     scores and maps."""
     def fit(self,
-        images: Images | str | Path | list | Tensor, # Defect-free
+        images: ImageSource, # Defect-free
         progress: bool = True, # Show bars
-    ) -> 'FeatureDetector': # Itself
+    ) -> Self:
         "Fit on defect-free images. Raises for bad images or weights before it trains."
-        images = self._defect_free(images)
-        self.clock = Stopwatch()
-        self._fitted = False
-        self.calibration = None
-        with self.clock('load'):
-            self.extractor = FeatureExtractor.from_config(self.config)
-        cache = FeatureCache(images, self.extractor, self.config, self.clock, progress)
-        with self.clock('learn'):
-            self.network = self._learn(cache, progress)
-        self._head = self._whole = None
+        images, clock = good_images(images, self.config), Stopwatch()
+        with clock('load'): extractor = FastExtractor.from_config(self.config)
+        cache = FeatureCache(images, extractor, self.config, clock, progress)
+        self._forget(extractor, clock)
+        with clock('learn'): self.network = self._learn(cache, progress)
         self._fitted = True
         return self
 
@@ -130,7 +127,7 @@ class PublishedMethod(FeatureDetector):
         "Replace the settings that are still those of the profile by the method's own."
         profile = Config(**PROFILES.get(config.profile, {}))
         own = dict(cls.settings)
-        if config.profile in ('smoke', 'clean'): own |= cls.smoke
+        if config.profile == 'smoke': own |= cls.smoke
         if original: own |= cls.published
         unchanged = [k for k in own if getattr(config, k) == getattr(profile, k)]
         own = {k: own[k] for k in unchanged}

@@ -19,12 +19,11 @@ from tqdm import tqdm
 from ..config import Config, ConfigError
 from ..data.images import Images
 from ..data.seeds import seed_for, seeded
-from ..extractor import FeatureExtractor
 from ..fast.cache import FeatureCache
-from ..fast.engines import checked_openvino
+from ..fast.engines import FastExtractor, checked_openvino
 from ..losses import decoder_loss, reduce_loss
 from ..scoring import enlarge_maps
-from ..training import TrainingError, make_optimiser
+from ..training import TrainingError, make_optimizer
 from .features import Maps, PublishedMethod
 from .features import UnsuitableError, global_seed
 
@@ -72,7 +71,7 @@ def pooled(
     "Average over 2×2 positions, for the shallow teacher."
     return [F.avg_pool2d(f, 2, ceil_mode=True) for f in maps]
 
-class ShallowTeacher(FeatureExtractor):
+class ShallowTeacher(FastExtractor):
     "A frozen network whose maps are averaged over 2×2 positions."
     def __call__(self,
         images: Tensor, # N×3×H×W in [0, 1]
@@ -98,8 +97,8 @@ def shallow_layers(
 class Students(nn.Module):
     "Both students: one with random weights, one a copy of its teacher."
     def __init__(self,
-        shallow: FeatureExtractor, # Teacher of branch a
-        deep: FeatureExtractor, # Teacher of branch b
+        shallow: FastExtractor, # Teacher of branch a
+        deep: FastExtractor, # Teacher of branch b
         seed: int = 0, # Seed of the run
     ):
         super().__init__()
@@ -168,10 +167,10 @@ def train_students(
     progress: bool = False, # Show a bar with the loss
 ) -> list[dict]: # Epoch, loss, and the mean loss of either branch
     "Distil both teachers. Raises `TrainingError` for a diverged loss."
-    optimizer, schedule = make_optimiser(students, None, config, len(images))
-    device = next(students.parameters()).device
     steps = math.ceil(len(images) / config.batch_size)
     total = config.epochs * steps
+    optimizer, schedule = make_optimizer(students, None, config, total)
+    device = next(students.parameters()).device
     bar = tqdm(total=total, desc='MixedTeacher', unit='step',
                disable=not progress, leave=False)
     history = []
@@ -326,7 +325,7 @@ class MixedTeacher(PublishedMethod):
         name, weights = c.extractor, c.weights
         if self.original: name, weights = 'resnet18.tv_in1k', self.shallow_weights
         layers = shallow_layers(name)
-        return ShallowTeacher(name, weights, layers, c.device, c.engine, c.precision)
+        return ShallowTeacher(name, weights, layers, c.device, c.precision, c.engine)
 
     def _learn(self, cache, progress):
         config, seed = self.config, self.seed
@@ -342,7 +341,7 @@ class MixedTeacher(PublishedMethod):
         return MixedHead(students, config.crop)
 
     @torch.no_grad()
-    def _scored(self, images):
+    def score_batch(self, images):
         if self._head is None: self._head = self.head()
         images = images.to(self.extractor.device)
         return self._head(images, *self.shallow(images), *self.extractor(images))

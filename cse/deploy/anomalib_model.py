@@ -23,7 +23,8 @@ from ..config import Config, ConfigError, from_profile
 from ..data.images import DataError
 from ..detector import CSE
 from ..extractor import FeatureExtractor
-from ..fast.head import FoldedEmbedder
+from ..fast.head import FastBank
+from ..fast.model import FoldedEmbedder
 from ..model import Embedder
 from ..scoring import MemoryBank, enlarge_maps
 
@@ -138,10 +139,6 @@ class CseModel(DynamicBufferMixin, nn.Module):
         config: Config, # Every setting
     ):
         super().__init__()
-        if config.density_layers:
-            raise ConfigError(
-                f'density_layers={config.density_layers}: expected none; '
-                'here only the embedding gives the score')
         random = config.replace(weights='random', device='cpu', engine='torch')
         extractor = FeatureExtractor.from_config(random)
         self.config = config
@@ -184,6 +181,7 @@ class CseModel(DynamicBufferMixin, nn.Module):
         self.check(images)
         bank = MemoryBank.from_config(self.config)
         bank.prototypes = self.prototypes
+        bank = FastBank(bank)
         z = self.embedder(self.extractor(images))
         maps = None
         if self.config.anomaly_map != 'none':

@@ -207,10 +207,10 @@ class JointHead(nn.Module):
     def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # As for `join`
         return self.join(features, self.embed(features))
 
-# %% ../../nbs/extensions/02_hybrid.ipynb #46faf498
+# %% ../../nbs/extensions/02_hybrid.ipynb #efb6cabf
 class HybridCSE(CalibratedCSE):
     "CSE whose score is joined by Gaussians of raw features."
-    settings: ClassVar[type[Config]] = HybridConfig
+    config_class: ClassVar[type[Config]] = HybridConfig
     embedders: list[Embedder] = () # Of a fitted detector
     banks: list[MemoryBank] = () # Their prototypes
     density: PatchGaussians | None = None # Gaussians of raw features
