@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cse.lab.audit import audit, check_record, identity, select, select_pairs, stated_parameters, table_notebooks
+from cse.lab.audit import audit, check_record, identity
+from cse.lab.selection import select, select_pairs, stated_parameters, table_notebooks
 
 RESULTS = Path(__file__).parent.parent / 'results'
 NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke', 6: 'table6_disagreements-surfaces-smoke'}

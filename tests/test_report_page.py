@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cse.lab.audit import table_notebooks
+from cse.lab.selection import table_notebooks
 from cse.lab.runs import load_records
 from cse.lab.report_page import write_page
-from cse.lab.tables import PUBLISHED
+from cse.lab.published import PUBLISHED
 
 RESULTS = Path(__file__).parent.parent / 'results'
 SCREENSHOTS = RESULTS / 'report/screenshots'
