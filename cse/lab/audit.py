@@ -9,7 +9,7 @@ __all__ = ['Finding', 'Audit', 'identity', 'check_record', 'check_together', 'co
 import difflib, fnmatch, json, math, tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
 import numpy as np
@@ -33,7 +33,8 @@ class Finding:
     found: object # What the file says
 
     def __str__(self):
-        return f'{self.file}: {self.what}: expected {self.expected}, found {self.found}'
+        return (f'{self.file}: {self.what}: '
+                f'expected {self.expected}, found {self.found}')
 
 def _first_few(names):
     "The first three names, and how many there are."
@@ -43,18 +44,24 @@ def _first_few(names):
 @dataclass
 class Audit:
     "The result of an audit."
-    findings: list[Finding] = field(default_factory=list) # What does not fit
-    counts: dict[str, int] = field(default_factory=dict) # What was checked → how often
-    unchecked: dict[str, list] = field(default_factory=dict) # Reason → what was not checked
+    findings: list[Finding] # What does not fit
+    counts: dict[str, int] # What was checked → how often
+    unchecked: dict[str, list] # Reason → what was not checked
 
     @property
     def ok(self) -> bool: return not self.findings
 
     def __str__(self):
-        counts = ', '.join(f'{n} {what}' for what, n in self.counts.items())
-        lines = [*map(str, self.findings), f'{len(self.findings)} findings; checked {counts}']
+        counts = ', '.join(
+            f'{n} {what}' for what, n in self.counts.items()
+        )
+        lines = [
+            *map(str, self.findings),
+            f'{len(self.findings)} findings; checked {counts}'
+        ]
         for why, names in self.unchecked.items():
-            if names: lines.append(f'not checked, {why}: {_first_few(names)}')
+            if names:
+                lines.append(f'not checked, {why}: {_first_few(names)}')
         return '\n'.join(lines)
 
     __repr__ = __str__
@@ -95,7 +102,7 @@ def _check_fields(record):
 
 # %% ../../nbs/lab/07_audit.ipynb #ceaa4ef3
 def identity(
-    record: dict, # Record of a run, or of a timing
+    record: dict, # Of a run or a timing
 ) -> str: # Without ending; for a timing a pattern with ? for the hash
     "The name of the file that a record belongs in."
     config = record_config(record)
@@ -105,30 +112,36 @@ def identity(
         name = record_name(words, 0)[:-12]
         return f'speed-{record["method"]}_*{name}' + '?' * 12
     extractor = record['extractor']
-    if extractor['weights'] == 'file': config = config.replace(weights=extractor['sha256'])
+    if extractor['weights'] == 'file':
+        config = config.replace(weights=extractor['sha256'])
     return run_key(record['method'], config, record['data'], record['textures'],
                    record['category'], record['seed'])
 
 def _check_name(record, stem):
     "Does the record belong in this file?"
     expected = identity(record)
-    if not fnmatch.fnmatchcase(stem, expected): yield 'name of the file', expected, stem
+    if not fnmatch.fnmatchcase(stem, expected):
+        yield 'name of the file', expected, stem
     if record['key'] != stem: yield 'key', stem, record['key']
     profile = record['config']['profile']
-    if record['profile'] != profile: yield 'profile', profile, record['profile']
+    if record['profile'] != profile:
+        yield 'profile', profile, record['profile']
 
 # %% ../../nbs/lab/07_audit.ipynb #7221c757
 def _check_scores(record):
     "Are the scores numbers as a run writes them?"
     scores = np.array(record['scores'], float)
     infinite = (~np.isfinite(scores)).sum()
-    if infinite: yield 'scores', 'finite numbers', f'{infinite} that are not'
+    if infinite:
+        yield 'scores', 'finite numbers', f'{infinite} that are not'
     odd = np.flatnonzero(scores != scores.astype(np.float32))
-    if odd.size: yield f'scores[{odd[0]}]', 'a 32-bit number', float(scores[odd[0]])
+    if odd.size:
+        yield f'scores[{odd[0]}]', 'a 32-bit number', float(scores[odd[0]])
 
 def _check_images(record):
     "Do images, labels, scores and counts agree?"
-    images, labels = record['images'], record['labels']
+    images = record['images']
+    labels = record['labels']
     if len(set(images)) < len(images):
         yield 'images', 'each once', Counter(images).most_common(1)[0]
     lengths = (1, 0, 1) if is_timing(record) else (len(images),) * 3
@@ -153,9 +166,11 @@ def _timing_metrics(timing):
 def _expected_metrics(record):
     "Metrics that follow from a record, and how exactly they do."
     if is_timing(record): return _timing_metrics(record['timing']), 2e-3
-    labels, scores = record['labels'], record['scores']
+    labels = record['labels']
+    scores = record['scores']
     low, high = auroc_interval(labels, scores)
-    return {'auroc': auroc(labels, scores), 'auroc_low': low, 'auroc_high': high}, 1e-9
+    area = auroc(labels, scores)
+    return dict(auroc=area, auroc_low=low, auroc_high=high), 1e-9
 
 def _check_metrics(record):
     "Do the metrics follow from the scores, or from the times?"
@@ -166,7 +181,7 @@ def _check_metrics(record):
         if not (is_number and abs(found - value) <= tolerance):
             yield f'metrics.{name}', float(value), found
 
-# %% ../../nbs/lab/07_audit.ipynb #881cd13d
+# %% ../../nbs/lab/07_audit.ipynb #cdecf649
 def _check_pixel_metrics(record):
     "Are the pixel metrics in their range?"
     for name in ('pixel_auroc', 'aupro'):
@@ -181,11 +196,17 @@ def _check_history(record):
         yield 'training.epochs', len(history), record['training']['epochs']
     numbers = [v for epoch in history for v in epoch.values()]
     numbers += record['seconds'].values()
-    infinite = [v for v in numbers if v is not None and not math.isfinite(v)]
-    if infinite: yield 'losses and seconds', 'finite numbers', infinite[0]
+    infinite = [
+        v for v in numbers if v is not None and not math.isfinite(v)
+    ]
+    if infinite:
+        yield 'losses and seconds', 'finite numbers', infinite[0]
 
 # %% ../../nbs/lab/07_audit.ipynb #a9b5fc46
-_CHECKS = (_check_scores, _check_images, _check_metrics, _check_pixel_metrics, _check_history)
+_CHECKS = (
+    _check_scores, _check_images, _check_metrics,
+    _check_pixel_metrics, _check_history
+)
 
 def check_record(
     path: str | Path, # File of a record
@@ -208,9 +229,12 @@ def _facts(record):
     "What must have one value wherever the key is the same."
     config = record_config(record)
     selected = tuple(getattr(config, name) for name in _SELECTS)
-    data, textures, extractor = record['data'], record['textures'], record['extractor']
+    data = record['data']
+    textures = record['textures']
+    extractor = record['extractor']
     place = data['name'], record['category']
-    yield ('data.fingerprint', *place, is_timing(record), selected), data['fingerprint']
+    kind = is_timing(record)
+    yield ('data.fingerprint', *place, kind, selected), data['fingerprint']
     yield ('textures.fingerprint', textures['name']), textures['fingerprint']
     weights = extractor['name'], extractor['weights'], extractor['tag']
     yield ('extractor.sha256', *weights), extractor['sha256']
@@ -227,20 +251,27 @@ def _check_facts(records):
         usual = Counter(values.values()).most_common(1)[0][0]
         for file, value in values.items():
             if value == usual: continue
-            yield Finding(file, f'{what} ({name})', _short(usual), _short(value))
+            yield Finding(
+                file, f'{what} ({name})', _short(usual), _short(value)
+            )
 
 def _run_of(record):
     "What two records of the same run share."
     if not is_timing(record): return identity(record)
-    return json.dumps({k: v for k, v in record.items() if k != 'key'}, sort_keys=True)
+    return json.dumps(
+        {k: v for k, v in record.items() if k != 'key'}, sort_keys=True
+    )
 
 def _check_copies(records):
     "Records that are there twice."
     files = defaultdict(list)
-    for file, record in records.items(): files[_run_of(record)].append(file)
+    for file, record in records.items():
+        files[_run_of(record)].append(file)
     for first, *others in files.values():
         for file in others:
-            yield Finding(file, 'one record a run', first, 'the same run again')
+            yield Finding(
+                file, 'one record a run', first, 'the same run again'
+            )
 
 def check_together(
     records: dict[str, dict], # Name of the file → record
@@ -252,10 +283,12 @@ def check_together(
 def _shared_length(a, b):
     "How many characters two lines share at the start."
     pairs = enumerate(zip(a, b))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in pairs if x != y), min(len(a), len(b))
+    )
 
 def _apart(a, b, around=20):
-    "Two lines without what they share at both ends; None where there is no such line."
+    "Two lines without what they share at both ends; None is no line."
     if a is None or b is None:
         return [_short(line or 'no such line') for line in (a, b)]
     start = _shared_length(a, b)
@@ -263,7 +296,9 @@ def _apart(a, b, around=20):
     left, right = max(0, start - around), max(0, end - around)
     before = '…' if start > around else ''
     after = '…' if end > around else ''
-    return [before + line[left:len(line) - right] + after for line in (a, b)]
+    return [
+        before + line[left:len(line) - right] + after for line in (a, b)
+    ]
 
 def compare_lines(
     file: str, # How findings call it
@@ -278,7 +313,9 @@ def compare_lines(
         if kind == 'equal': continue
         lines = zip_longest(a[a_start:a_end], b[b_start:b_end])
         for number, (x, y) in enumerate(lines, b_start + 1):
-            findings.append(Finding(file, f'line {number}', *_apart(x, y)))
+            findings.append(
+                Finding(file, f'line {number}', *_apart(x, y))
+            )
     return findings
 
 # %% ../../nbs/lab/07_audit.ipynb #163b4c0f
@@ -290,7 +327,8 @@ def _select(notebook, table, records):
 
 def _make_table(chosen, table, folder):
     "Write a table to `folder` and return its text."
-    if table == 6: return publish_disagreements(pairs_frame(chosen), folder)
+    if table == 6:
+        return publish_disagreements(pairs_frame(chosen), folder)
     return publish(chosen, table, folder)
 
 def _shown_table(notebook):
@@ -317,18 +355,24 @@ def _check_notebook(notebook, table, records, folder):
     for f in compare_lines('', text, _shown_table(notebook)):
         yield f'table shown, {f.what}', f.expected, f.found
 
-# %% ../../nbs/lab/07_audit.ipynb #e546c5e3
+# %% ../../nbs/lab/07_audit.ipynb #e3ff206f
 def _table_files(folder):
     "Name → text of the tables in a folder of results."
     paths = Path(folder).glob('tables/table*')
-    return {p.name: p.read_text() for p in paths if p.suffix in ('.csv', '.md')}
+    return {
+        p.name: p.read_text()
+        for p in paths
+        if p.suffix in ('.csv', '.md')
+    }
 
 def _compare_files(made, there):
     "Tables that differ, are missing, or have no source."
     for name in sorted({*made, *there}):
         file = f'tables/{name}'
         if name not in there:
-            yield Finding(file, 'file', 'the table that its notebook makes', 'none')
+            yield Finding(
+                file, 'file', 'the table that its notebook makes', 'none'
+            )
         elif name not in made:
             source = 'records and an executed notebook that make it'
             yield Finding(file, 'source', source, 'none')
@@ -338,12 +382,14 @@ def check_tables(
     results: str | Path, # Folder of results
     records: list[dict], # Its records
 ) -> tuple[list[Finding], int]: # Findings; number of files that were made again
-    "Make the tables of all executed notebooks again; compare them with files and notebooks."
+    "Make the tables of all executed notebooks again and compare."
     findings = []
     with tempfile.TemporaryDirectory() as folder:
         for notebook, table in table_notebooks(results).items():
             found = _check_notebook(notebook, table, records, folder)
-            findings += [Finding(f'notebooks/{notebook.name}', *f) for f in found]
+            findings += [
+                Finding(f'notebooks/{notebook.name}', *f) for f in found
+            ]
         made = _table_files(folder)
     findings += _compare_files(made, _table_files(results))
     return findings, len(made)
@@ -354,7 +400,8 @@ _PICTURES = ('.svg', '.png', '.webp', '.html')
 def _is_checked(path, notebooks):
     "Is this file a record, a table, or a table notebook?"
     if path.suffix == '.json': return path.parent.name == 'records'
-    if path.suffix in ('.csv', '.md'): return table_number(path) is not None
+    if path.suffix in ('.csv', '.md'):
+        return table_number(path) is not None
     return path in notebooks
 
 def _unchecked_files(results) -> Iterator[tuple[str, str]]: # Reason, file
@@ -369,14 +416,15 @@ def _unchecked_files(results) -> Iterator[tuple[str, str]]: # Reason, file
 def _unchecked(results, records):
     "Reason → what an audit cannot check."
     found = defaultdict(list)
-    for reason, file in _unchecked_files(results): found[reason].append(file)
+    for reason, file in _unchecked_files(results):
+        found[reason].append(file)
     found['pixel metrics, since a record holds no anomaly maps'] = [
         r['key'] for r in records if r['metrics'].get('pixel_auroc') is not None]
     found['hash in the name of a timing, since it covers the name of the machine'] = [
         r['key'] for r in records if is_timing(r)]
     return found
 
-# %% ../../nbs/lab/07_audit.ipynb #e215a97b
+# %% ../../nbs/lab/07_audit.ipynb #6e90b062
 def _counts(files, records, tables):
     "What was checked → how often."
     metrics = sum(len(_expected_metrics(r)[0]) for r in records)
@@ -392,7 +440,7 @@ def _counts(files, records, tables):
 def audit(
     results: str | Path = 'results', # Folder of results
 ) -> Audit:
-    "Check all records, metrics and Tables 1 to 6. Raises `FileNotFoundError` without records."
+    "Check records, metrics and tables. Raises `FileNotFoundError` without records."
     results = Path(results)
     files = sorted((results/'records').glob('*.json'))
     if not files:
@@ -407,4 +455,7 @@ def audit(
     records = list(usable.values())
     of_tables, tables = check_tables(results, records)
     findings += check_together(usable) + of_tables
-    return Audit(findings, _counts(files, records, tables), _unchecked(results, records))
+    return Audit(
+        findings, _counts(files, records, tables),
+        _unchecked(results, records)
+    )

@@ -13,10 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 import pandas as pd
 from ..config import Config, ConfigError, differences, from_profile, settings_of
-from .published import PUBLISHED, Published, ReportError, published_frame, published_table
+from .published import (
+    PUBLISHED, Published, ReportError, published_frame, published_table)
 from ..metrics import mean_sd
 
-# %% ../../nbs/lab/04_comparison.ipynb #5d841ffc
+# %% ../../nbs/lab/04_comparison.ipynb #992070e7
 def value_at(
     record: dict, # Record of a run
     path: str, # Keys separated by dots
@@ -28,7 +29,7 @@ def value_at(
     return value
 
 def grouped(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     key: Callable, # Record → key of its group
 ) -> dict: # Key → records, in order of the keys
     "Records by a key."
@@ -36,7 +37,7 @@ def grouped(
     for r in records: groups[key(r)].append(r)
     return groups
 
-# %% ../../nbs/lab/04_comparison.ipynb #05854eb7
+# %% ../../nbs/lab/04_comparison.ipynb #59e7f77b
 def method_config(
     method: str, # Key of the method
     config: Config, # All settings
@@ -45,7 +46,7 @@ def method_config(
     return settings_of(method, config)
 
 def record_config(
-    record: dict, # Record of a run, or of a timing
+    record: dict, # Of a run or a timing
 ) -> Config: # The settings that concern its method
     "The settings of a run. Raises `ConfigError` for one that does not exist."
     config = Config.from_dict(record['config'])
@@ -58,7 +59,7 @@ def _marked(kind):
 _RUNTIME = _marked('runtime') # do not change a result
 _SELECTS = _marked('selects') # choose images, which have a fingerprint
 
-# %% ../../nbs/lab/04_comparison.ipynb #174af2a3
+# %% ../../nbs/lab/04_comparison.ipynb #a9affb48
 def changed_settings(
     record: dict, # Record of a run
     paper: Published, # The setting that this table varies is left out
@@ -66,7 +67,9 @@ def changed_settings(
 ) -> str: # 'epochs = 5 instead of 10, …'; empty where nothing differs
     "The settings of a run that differ from its profile, in words."
     try:
-        profile = method_config(record['method'], from_profile(record['profile']))
+        profile = method_config(
+            record['method'], from_profile(record['profile'])
+        )
         changed = differences(profile, record_config(record))
     except ConfigError: return 'settings of its own'
     aside = _RUNTIME | set(without) | {paper.variant.removeprefix('config.')}
@@ -79,7 +82,7 @@ def _file_name(value):
     is_path = isinstance(value, str) and '/' in value
     return Path(value).name if is_path else value
 
-# %% ../../nbs/lab/04_comparison.ipynb #bc4438b5
+# %% ../../nbs/lab/04_comparison.ipynb #df501037
 def _column_key(record, paper):
     "The key of a column: the method, with the value of the setting that varies."
     method = record['method']
@@ -99,7 +102,7 @@ def column_name(
     record: dict, # Record of a run
     paper: Published, # The table
 ) -> str: # As printed, where the paper has this column
-    "The column of a table to which a record belongs, with the form of a method that has several."
+    "The column of a record, with the form of a method that has several."
     key = _column_key(record, paper)
     method, _, value = key.partition('/')
     names = _printed_names()
@@ -109,26 +112,38 @@ def column_name(
     return f'{name}, {record["form"]}' if record.get('form') else name
 
 # %% ../../nbs/lab/04_comparison.ipynb #e1dd7b9e
-_FIELDS = ('method', 'category', 'profile', 'config', 'seed', 'data', 'extractor', 'metrics')
-_SHARED = ('data.name', 'data.published', 'profile', 'textures.name', 'textures.fingerprint')
-_SHARED_BY_TIMINGS = ('device', 'threads', 'timing.repeats', 'timing.warmup', 'timing.batch')
+_FIELDS = (
+    'method', 'category', 'profile', 'config', 'seed',
+    'data', 'extractor', 'metrics'
+)
+_SHARED = (
+    'data.name', 'data.published', 'profile',
+    'textures.name', 'textures.fingerprint'
+)
+_SHARED_BY_TIMINGS = (
+    'device', 'threads', 'timing.repeats', 'timing.warmup', 'timing.batch'
+)
 
 def _check_complete(record):
     "Refuse a record without a field that a table needs."
     if missing := [name for name in _FIELDS if name not in record]:
         name = repr(record.get('key', record))
-        raise ReportError(f'record {name:.90}: lacks {", ".join(missing)}')
+        raise ReportError(
+            f'record {name:.90}: lacks {", ".join(missing)}'
+        )
 
 def _check_same(records, path, where):
     "Refuse records that differ in a field."
-    values = {json.dumps(value_at(r, path), sort_keys=True) for r in records}
+    values = {
+        json.dumps(value_at(r, path), sort_keys=True) for r in records
+    }
     if len(values) < 2: return
     found = ', '.join(sorted(values))
     raise ReportError(
         f'{path} differs between runs {where}: {found}; '
         'expected one value. Select the records of one variant.')
 
-# %% ../../nbs/lab/04_comparison.ipynb #85d9f6cc
+# %% ../../nbs/lab/04_comparison.ipynb #e803c025
 def _may_differ(table):
     "Settings that may differ between the runs of a method."
     free = _RUNTIME | {'profile', 'weights'}
@@ -140,7 +155,9 @@ def _check_method(records, method, table):
     "Refuse runs of a method with different extractors or settings."
     paper = published_table(table)
     first, *others = [record_config(r) for r in records]
-    changed = {name for other in others for name in differences(first, other)}
+    changed = {
+        name for other in others for name in differences(first, other)
+    }
     paths = {f'config.{name}' for name in changed - _may_differ(table)}
     if paper.variants_of == method: paths -= {paper.variant}
     extractor = ('extractor.name', 'extractor.tag', 'extractor.sha256')
@@ -158,10 +175,10 @@ def _check_once(records, paper):
 
 # %% ../../nbs/lab/04_comparison.ipynb #219be9c0
 def check_records(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table they are to fill
 ):
-    "Raise `ReportError` for records that must not be averaged or compared, with the field and its values."
+    "Raise `ReportError` for records that must not stand in one table."
     paper = published_table(table)
     for r in records: _check_complete(r)
     for path in _SHARED + (_SHARED_BY_TIMINGS if table == 3 else ()):
@@ -175,14 +192,14 @@ def check_records(
 
 # %% ../../nbs/lab/04_comparison.ipynb #f47350a2
 def is_comparable(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> bool: # True if there are no records
-    "Are these runs on the images of the published table? Times never are: they come from another machine."
+    "Are these runs on the images of the published table? Times never are."
     data = published_table(table).data
     return table != 3 and all(value_at(r, 'data.published') == data for r in records)
 
-# %% ../../nbs/lab/04_comparison.ipynb #3bcda658
+# %% ../../nbs/lab/04_comparison.ipynb #b016097e
 _SPEED = {
     'latency (ms)': ('latency_ms', 'latency_low_ms', 'latency_high_ms'),
     'FPS': ('fps',),
@@ -212,8 +229,10 @@ def _values(record, table):
     try: return _speed_values(record) if table == 3 else _run_values(record)
     except (KeyError, TypeError) as e:
         run = f'{record["method"]} on {record["category"]} with seed {record["seed"]}'
-        metrics = record['metrics']
-        raise ReportError(f'{run}: metrics {metrics} are not those of table {table} ({e})') from e
+        raise ReportError(
+            f'{run}: metrics {record["metrics"]} '
+            f'are not those of table {table} ({e})'
+        ) from e
 
 # %% ../../nbs/lab/04_comparison.ipynb #4b25b599
 def _speed_categories(records):
@@ -232,10 +251,10 @@ def _categories(records, table):
     return shown, shown
 
 def seed_values(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> dict: # (column, category) → seed → (value, low, high)
-    "The values of each cell by seed; the category 'mean' where a seed has all categories."
+    "The values of each cell by seed; a mean where a seed has all categories."
     paper = published_table(table)
     averaged = _categories(records, table)[1]
     found = {}
@@ -252,19 +271,36 @@ def _seed_means(found, column, averaged):
     if not averaged: return {}
     cells = [found.get((column, category), {}) for category in averaged]
     complete = set.intersection(*map(set, cells))
-    return {seed: mean_sd(cell[seed][0] for cell in cells)[0] for seed in sorted(complete)}
+    return {
+        seed: mean_sd(cell[seed][0] for cell in cells)[0]
+        for seed in sorted(complete)
+    }
 
 # %% ../../nbs/lab/04_comparison.ipynb #3aeaace6
-_COLUMNS = ['method', 'category', 'published', 'ours', 'sd', 'seeds', 'low', 'high', 'difference']
+_COLUMNS = [
+    'method',
+    'category',
+    'published',
+    'ours',
+    'sd',
+    'seeds',
+    'low',
+    'high',
+    'difference'
+]
 
 def _methods(found, paper):
     "Methods in the order of the paper, each with its forms; then the others by name."
     ran = sorted({method for method, _ in found})
     printed = []
     for column in paper.columns:
-        forms = [method for method in ran if method.startswith(f'{column}, ')]
+        forms = [
+            method for method in ran if method.startswith(f'{column}, ')
+        ]
         printed += forms or [column]
-    return [*printed, *(method for method in ran if method not in printed)]
+    return [
+        *printed, *(method for method in ran if method not in printed)
+    ]
 
 def _summary(values):
     "ours, sd, seeds, low, high of the values of a cell."
@@ -275,10 +311,13 @@ def _summary(values):
     return dict(ours=ours, sd=sd, seeds=len(values), low=low, high=high)
 
 def comparison(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
-) -> pd.DataFrame: # method, category, published, ours, sd, seeds, low, high, difference
-    "Ours beside the published, AUROC in percent. Raises `ReportError` for records that do not fit."
+) -> pd.DataFrame: # One row for each method and category
+    """Our numbers beside the published ones, AUROC in percent.
+
+    Columns: method, category, published, ours, sd, seeds, low, high, difference.
+    Raises `ReportError` for records that must not stand in one table."""
     check_records(records, table)
     paper = published_table(table)
     found = seed_values(records, table)
@@ -290,8 +329,13 @@ def comparison(
             values = list(found.get((method, category), {}).values())
             row = dict(method=method, category=category) | _summary(values)
             if comparable and method in paper.columns and category in paper.rows:
-                row['published'] = float(published_frame(table).loc[method, category])
-                if values: row['difference'] = row['ours'] - row['published']
+                row['published'] = float(
+                    published_frame(table).loc[method, category]
+                )
+                if values:
+                    row['difference'] = row['ours'] - row['published']
             rows.append(row)
     frame = pd.DataFrame(rows, columns=_COLUMNS)
-    return frame.astype({c: float for c in _COLUMNS[2:] if c != 'seeds'})
+    return frame.astype(
+        {c: float for c in _COLUMNS[2:] if c != 'seeds'}
+    )

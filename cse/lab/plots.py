@@ -15,12 +15,12 @@ from matplotlib.lines import Line2D
 from .comparison import column_name, comparison, grouped, seed_values, value_at
 from .published import published_table
 
-# %% ../../nbs/lab/04_plots.ipynb #ff6fe1df
+# %% ../../nbs/lab/04_plots.ipynb #976949eb
 @contextmanager
 def _styled():
     "The style of all plots."
-    with sns.axes_style('whitegrid'), sns.plotting_context('notebook', font_scale=0.8):
-        yield
+    small = sns.plotting_context('notebook', font_scale=0.8)
+    with sns.axes_style('whitegrid'), small: yield
 
 def _axes(width, height):
     "An empty plot of this size in inches, closed for pyplot."
@@ -30,14 +30,23 @@ def _axes(width, height):
 
 # %% ../../nbs/lab/04_plots.ipynb #a8d34497
 def _draw_cell(ax, x, row, values, colour, width):
-    "The runs of one method on one category, with their mean and the published number."
-    ax.plot([x] * len(values), values, 'o', color=colour, markersize=4, alpha=0.6)
+    "The runs of one method on one category, their mean, the published number."
+    ax.plot(
+        [x] * len(values), values, 'o', color=colour,
+        markersize=4, alpha=0.6
+    )
     if row.seeds > 1:
-        ax.plot([x - width, x + width], [row.ours] * 2, color=colour, linewidth=2)
+        ax.plot(
+            [x - width, x + width], [row.ours] * 2,
+            color=colour, linewidth=2
+        )
     if row.seeds == 1 and not math.isnan(row.low):
         ax.plot([x, x], [row.low, row.high], color=colour, linewidth=1)
     if not math.isnan(row.published):
-        ax.plot(x, row.published, 'o', color=colour, markersize=8, fillstyle='none')
+        ax.plot(
+            x, row.published, 'o', color=colour,
+            markersize=8, fillstyle='none'
+        )
 
 def _auroc_plot(records, table):
     "Every run of Tables 1, 2, 4 and 5."
@@ -54,32 +63,44 @@ def _auroc_plot(records, table):
             x = categories.index(row.category) + shift
             cell = found.get((row.method, row.category), {})
             values = [value for value, *_ in cell.values()]
-            _draw_cell(ax, x, row, values, colours[row.method], 0.3 / count)
+            _draw_cell(
+                ax, x, row, values, colours[row.method], 0.3 / count
+            )
         _finish(ax, frame, colours)
     return fig
 
 # %% ../../nbs/lab/04_plots.ipynb #51847368
 def _mark(label, **style):
     "One line of a legend."
-    return Line2D([], [], **{'color': 'black', 'linestyle': ''} | style, label=label)
+    return Line2D(
+        [], [], **{'color': 'black', 'linestyle': ''} | style, label=label
+    )
 
 def _signs(frame):
     "Lines of the legend for the signs that a plot has."
     signs = []
     if (frame.seeds > 0).any():
-        signs.append(_mark('one run', marker='o', markersize=4, alpha=0.6))
+        signs.append(
+            _mark('one run', marker='o', markersize=4, alpha=0.6)
+        )
     if (frame.seeds > 1).any():
         signs.append(_mark('mean of runs', linestyle='-', linewidth=2))
     if ((frame.seeds == 1) & frame.low.notna()).any():
-        signs.append(_mark('interval of one run', linestyle='-', linewidth=1))
+        signs.append(
+            _mark('interval of one run', linestyle='-', linewidth=1)
+        )
     if frame.published.notna().any():
-        signs.append(_mark('published', marker='o', markersize=8, fillstyle='none'))
+        signs.append(
+            _mark('published', marker='o', markersize=8, fillstyle='none')
+        )
     return signs
 
 def _lowest_tick(frame):
     "Where the axis of AUROC starts."
     if not len(frame): return 0
-    lowest = np.nanmin(frame[['published', 'ours', 'low']].to_numpy(float))
+    lowest = np.nanmin(
+        frame[['published', 'ours', 'low']].to_numpy(float)
+    )
     return max(0, 5 * math.floor(min(lowest, 99) / 5 - 0.2))
 
 def _finish(ax, frame, colours):
@@ -92,7 +113,10 @@ def _finish(ax, frame, colours):
     ax.axhline(50, color='grey', linestyle=':', linewidth=1)
     ax.set_ylim(start, 100 + (100 - start) / 40)
     ax.set_ylabel(f'image AUROC (%), axis starts at {start}')
-    methods = [_mark(name, marker='s', color=colour) for name, colour in colours.items()]
+    methods = [
+        _mark(name, marker='s', color=colour)
+        for name, colour in colours.items()
+    ]
     ax.legend(handles=methods + _signs(frame), loc='center left',
               bbox_to_anchor=(1, 0.5), frameon=False)
     sns.despine(ax=ax, left=True)
@@ -104,11 +128,15 @@ _TIMES = [ # column of the comparison, words in the legend, sign, shift up or do
 
 def _draw_times(ax, y, processes, colour, sign):
     "The processes of one method, with their mean beside them."
-    processes = [[math.nan if v is None else v for v in run] for run in processes]
+    processes = [
+        [math.nan if v is None else v for v in run] for run in processes
+    ]
     right, count = 0, len(processes)
     for i, (value, low, high) in enumerate(processes):
         at = y + 0.1 * (i - (count - 1) / 2) / count
-        ax.plot([low, high], [at, at], color=colour, linewidth=2, alpha=0.6)
+        ax.plot(
+            [low, high], [at, at], color=colour, linewidth=2, alpha=0.6
+        )
         ax.plot(value, at, sign, color=colour, markersize=5)
         right = np.nanmax([right, value, high])
     mean = np.mean([run[0] for run in processes])
@@ -126,23 +154,30 @@ def _speed_plot(records):
         fig, ax = _axes(8, 1.2 + 0.55 * count)
         for (kind, label, sign, shift), colour in zip(_TIMES, colours):
             for y, method in enumerate(methods):
-                _draw_times(ax, y + shift, found[method, kind].values(), colour, sign)
-            ax.plot([], [], marker=sign, color=colour, linewidth=2, markersize=5, label=label)
+                processes = found[method, kind].values()
+                _draw_times(ax, y + shift, processes, colour, sign)
+            ax.plot(
+                [], [], marker=sign, color=colour,
+                linewidth=2, markersize=5, label=label
+            )
         ax.set_yticks(range(len(methods)), methods)
         ax.set_xlim(0, 1.12 * ax.dataLim.x1 if methods else 1)
         ax.set_ylim(-0.6, count - 0.4)
         ax.set_xlabel('milliseconds an image; point: median, line: 5th to 95th percentile')
         ax.grid(False, axis='y')
-        ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+        ax.legend(
+            loc='lower center', bbox_to_anchor=(0.5, 1),
+            ncols=2, frameon=False
+        )
         sns.despine(ax=ax, left=True)
     return fig
 
-# %% ../../nbs/lab/04_plots.ipynb #caa76dd5
+# %% ../../nbs/lab/04_plots.ipynb #fbac734f
 def plot(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> Figure: # Closed for pyplot; the caller shows or saves it
-    "Every run of a table, the means over seeds and, on the published data, the published numbers."
+    "Every run of a table, means over seeds, and published numbers where comparable."
     return _speed_plot(records) if table == 3 else _auroc_plot(records, table)
 
 # %% ../../nbs/lab/04_plots.ipynb #bf118f74
@@ -160,28 +195,36 @@ def _latency_points(records, table):
     "Methods with a mean AUROC and a time: method, ours, sd, ms, low, high."
     paper = published_table(table)
     columns = grouped(records, lambda r: column_name(r, paper))
+    frame = comparison(records, table)
+    frame = frame[(frame.category == 'mean') & (frame.seeds > 0)]
     points = []
-    for row in comparison(records, table).query('category == "mean" and seeds > 0').itertuples():
+    for row in frame.itertuples():
         times = _latencies(columns[row.method])
         if times is None: continue
-        time = dict(ms=float(np.median(times)), low=times[0], high=times[-1])
-        points.append(dict(method=row.method, ours=row.ours, sd=row.sd) | time)
+        time = dict(
+            ms=float(np.median(times)), low=times[0], high=times[-1]
+        )
+        points.append(
+            dict(method=row.method, ours=row.ours, sd=row.sd) | time
+        )
     return pd.DataFrame(points)
 
 def _label_time(ax, records):
     "A logarithmic axis of milliseconds, labelled with the number of threads."
-    threads = '–'.join(map(str, sorted({r.get('threads', '?') for r in records}, key=str)))
+    threads = '–'.join(sorted({str(r.get('threads', '?')) for r in records}))
     plural = 's' * (threads != '1')
     ax.set_xscale('log')
-    ax.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter('{x:g}'))
+    ax.xaxis.set_major_formatter(
+        matplotlib.ticker.StrMethodFormatter('{x:g}')
+    )
     minor = matplotlib.ticker.LogFormatter(minor_thresholds=(2, 1))
     ax.xaxis.set_minor_formatter(minor)
     ax.set_xlabel('milliseconds an image, from tensor to score '
                   f'({threads} thread{plural}), logarithmic')
 
-# %% ../../nbs/lab/04_plots.ipynb #058c62ce
+# %% ../../nbs/lab/04_plots.ipynb #9a518930
 def plot_latency(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> Figure | None: # Closed for pyplot; None for fewer than two methods
     "Mean AUROC against milliseconds an image, one point a method."
@@ -193,7 +236,10 @@ def plot_latency(
         for p, colour in zip(points.itertuples(), colours):
             sd = 0 if math.isnan(p.sd) else p.sd
             bar = [[p.ms - p.low], [p.high - p.ms]]
-            ax.errorbar(p.ms, p.ours, sd, bar, 'o', color=colour, markersize=6, elinewidth=1)
+            ax.errorbar(
+                p.ms, p.ours, sd, bar, 'o', color=colour,
+                markersize=6, elinewidth=1
+            )
             ax.annotate(p.method, (p.ms, p.ours), (6, 4),
                         textcoords='offset points', color=colour)
         _label_time(ax, records)

@@ -40,7 +40,7 @@ def published_table(
 def published_frame(
     table: int, # Number of the table
 ) -> pd.DataFrame: # Methods × categories
-    "A published table with one row a method."
+    "A published table, one row a method."
     paper = published_table(table)
     methods = pd.Index(paper.columns, name='method')
     return pd.DataFrame(paper.rows, index=methods, dtype=object)
@@ -48,33 +48,45 @@ def published_frame(
 # %% ../../nbs/lab/04_published.ipynb #f3c3b71b
 PUBLISHED[1] = Published(
     'MVTec AD surfaces (§4.2.1)', 'MVTec AD',
-    {'CFA': 'cfa', 'PatchCore': 'patchcore', 'FastFlow': 'fastflow',
-     'RD++': 'rdpp', 'MixedTeacher': 'mixed_teacher', 'CSE': 'cse'},
-    {'carpet': (97.3, 98.7, 99.4, 100, 99.8, 100),
-     'tile': (99.4, 98.7, 100, 99.7, 100, 99.3),
-     'wood': (99.7, 99.2, 99.2, 99.3, 99.6, 100),
-     'leather': (100, 100, 99.9, 100, 100, 100),
-     'grid': (99.2, 98.2, 100, 100, 99.7, 99.6),
-     'mean': (99.1, 99.0, 99.7, 99.8, 99.8, 99.8)},
+    {
+        'CFA': 'cfa',
+        'PatchCore': 'patchcore',
+        'FastFlow': 'fastflow',
+        'RD++': 'rdpp',
+        'MixedTeacher': 'mixed_teacher',
+        'CSE': 'cse',
+    },
+    {
+        'carpet': (97.3, 98.7, 99.4, 100, 99.8, 100),
+        'tile': (99.4, 98.7, 100, 99.7, 100, 99.3),
+        'wood': (99.7, 99.2, 99.2, 99.3, 99.6, 100),
+        'leather': (100, 100, 99.9, 100, 100, 100),
+        'grid': (99.2, 98.2, 100, 100, 99.7, 99.6),
+        'mean': (99.1, 99.0, 99.7, 99.8, 99.8, 99.8),
+    },
     notes=(
         "CFA on carpet is 97.3 here and 99.5 in CFA's own README; "
         'with 99.5 its mean would be 99.6 instead of 99.1.',
         'The FastFlow column equals the README of anomalib with wide_resnet50_2.'))
 
-# %% ../../nbs/lab/04_published.ipynb #f302d431
+# %% ../../nbs/lab/04_published.ipynb #98f47143
 PUBLISHED[2] = Published(
     'TILDA (§4.2.2)', 'TILDA',
-    {'PaDiM': 'padim', 'CFA': 'cfa',
-     'Reverse Distillation': 'reverse_distillation', 'CSE': 'cse'},
-    {'tilda1': (89.1, 88.4, 94.8, 90.2),
-     'tilda2': (88.4, 86.5, 88.2, 92.0),
-     'tilda3': (80.1, 89.7, 91.4, 84.8),
-     'tilda4': (45.9, 83.6, 59.6, 80.0),
-     'tilda5': (61.2, 83.2, 67.4, 88.2),
-     'tilda6': (79.1, 85.7, 78.7, 93.0),
-     'tilda7': (81.1, 82.4, 78.6, 79.7),
-     'tilda8': (45.8, 48.1, 84.5, 68.2),
-     'mean': (71.3, 80.9, 80.4, 84.5)},
+    {
+        'PaDiM': 'padim', 'CFA': 'cfa',
+        'Reverse Distillation': 'reverse_distillation', 'CSE': 'cse',
+    },
+    {
+        'tilda1': (89.1, 88.4, 94.8, 90.2),
+        'tilda2': (88.4, 86.5, 88.2, 92.0),
+        'tilda3': (80.1, 89.7, 91.4, 84.8),
+        'tilda4': (45.9, 83.6, 59.6, 80.0),
+        'tilda5': (61.2, 83.2, 67.4, 88.2),
+        'tilda6': (79.1, 85.7, 78.7, 93.0),
+        'tilda7': (81.1, 82.4, 78.6, 79.7),
+        'tilda8': (45.8, 48.1, 84.5, 68.2),
+        'mean': (71.3, 80.9, 80.4, 84.5),
+    },
     notes=(
         'The text says that CSE is best on 4 of 8 fabrics; '
         'in the table it is on 3 (tilda2, tilda5, tilda6).',
@@ -82,45 +94,59 @@ PUBLISHED[2] = Published(
         'Nor does it say which fabric is tilda1 and so on; '
         'only the mean is free of that.'))
 
-# %% ../../nbs/lab/04_published.ipynb #12891b10
+# %% ../../nbs/lab/04_published.ipynb #d8658243
 PUBLISHED[3] = Published(
     'Inference speed (§4.3)', 'an RTX 3090 Ti, according to the text',
-    {'PatchCore WRN50': 'patchcore/wide_resnet50_2',
-     'FastFlow WRN50': 'fastflow/wide_resnet50_2',
-     'RD WRN50': 'reverse_distillation/wide_resnet50_2',
-     'RD ResNet18': 'reverse_distillation/resnet18',
-     'CSE EfficientNet-b3': 'cse/efficientnet_b3'},
-    {'FPS': (5.8, 21.8, 33, 62, 56),
-     'latency (ms)': (172, 45.9, 30, 16, 18)},
+    {
+        'PatchCore WRN50': 'patchcore/wide_resnet50_2',
+        'FastFlow WRN50': 'fastflow/wide_resnet50_2',
+        'RD WRN50': 'reverse_distillation/wide_resnet50_2',
+        'RD ResNet18': 'reverse_distillation/resnet18',
+        'CSE EfficientNet-b3': 'cse/efficientnet_b3',
+    },
+    {
+        'FPS': (5.8, 21.8, 33, 62, 56),
+        'latency (ms)': (172, 45.9, 30, 16, 18),
+    },
     unit='frames a second; milliseconds an image',
     variant='extractor.name',
     notes=(
         'The times of its methods come from different machines, '
         'although the text names one GPU.',))
 
-# %% ../../nbs/lab/04_published.ipynb #51374e07
+# %% ../../nbs/lab/04_published.ipynb #7628dea9
 PUBLISHED[4] = Published(
     'Binary classifier on the same deep features (§5.1)', 'MVTec AD',
-    {'Classifier': 'classifier', 'CSE': 'cse'},
-    {'carpet': (99.2, 100),
-     'wood': (99.1, 100),
-     'tile': (98.0, 99.3),
-     'leather': (100, 100),
-     'grid': (94.5, 99.6),
-     'mean': (98.2, 99.8)},
+    {
+        'Classifier': 'classifier', 'CSE': 'cse',
+    },
+    {
+        'carpet': (99.2, 100),
+        'wood': (99.1, 100),
+        'tile': (98.0, 99.3),
+        'leather': (100, 100),
+        'grid': (94.5, 99.6),
+        'mean': (98.2, 99.8),
+    },
     notes=('The paper prints the classifier only; the CSE column repeats Table 1.',))
 
-# %% ../../nbs/lab/04_published.ipynb #229656eb
+# %% ../../nbs/lab/04_published.ipynb #efa4f526
 PUBLISHED[5] = Published(
     'Initialisation and training of the decoder (§5.2)', 'MVTec AD',
-    {'no decoder': 'cse/none', 'trained before': 'cse/pretrained',
-     'trained together': 'cse/joint', 'random': 'cse/random'},
-    {'carpet': (99.5, 99.7, 99.6, 100),
-     'tile': (98.4, 98.4, 98.7, 99.3),
-     'wood': (99.9, 100, 99.9, 100),
-     'leather': (100, 100, 99.9, 100),
-     'grid': (99.3, 99.6, 98.4, 99.6),
-     'mean': (99.4, 99.5, 99.3, 99.8)},
+    {
+        'no decoder': 'cse/none',
+        'trained before': 'cse/pretrained',
+        'trained together': 'cse/joint',
+        'random': 'cse/random',
+    },
+    {
+        'carpet': (99.5, 99.7, 99.6, 100),
+        'tile': (98.4, 98.4, 98.7, 99.3),
+        'wood': (99.9, 100, 99.9, 100),
+        'leather': (100, 100, 99.9, 100),
+        'grid': (99.3, 99.6, 98.4, 99.6),
+        'mean': (99.4, 99.5, 99.3, 99.8),
+    },
     variant='config.decoder', variants_of='cse',
     notes=(
         'The four means lie within 0.5 points of each other; one good test image '
@@ -135,7 +161,9 @@ def published_means() -> pd.DataFrame: # table, method, printed, computed, agree
         for method, numbers in published_frame(table).iterrows():
             computed = numbers.drop('mean').astype(float).mean()
             rows.append((table, method, numbers['mean'], computed))
-    frame = pd.DataFrame(rows, columns=['table', 'method', 'printed', 'computed'])
+    frame = pd.DataFrame(
+        rows, columns=['table', 'method', 'printed', 'computed']
+    )
     frame = frame.astype({'printed': float}).round(3)
     distance = (frame.printed - frame.computed).abs()
     return frame.assign(agrees=distance <= 0.05 + 1e-6)

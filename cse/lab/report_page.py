@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from ..config import Config, fingerprint
 from ..data.files import replacing
-from .comparison import changed_settings, column_name, comparison, is_comparable, record_config
+from .comparison import (
+    changed_settings, column_name, comparison, is_comparable, record_config)
 from .figures import worst
 from .published import PUBLISHED, published_frame
 from .runs import BUILTIN, BUILTIN_TEXTILES, load_records
@@ -61,8 +62,11 @@ def _history_view(history):
     curves = {}
     for name in ('loss', 'validation_loss'):
         values = [epoch.get(name) for epoch in history]
-        if any(value is not None for value in values): curves[name] = _four(values)
-    return dict(epoch=[e['epoch'] for e in history] if curves else [], **curves)
+        if any(value is not None for value in values):
+            curves[name] = _four(values)
+    return dict(
+        epoch=[e['epoch'] for e in history] if curves else [], **curves
+    )
 
 def _worst_view(record):
     "Name and score of the worst good and the worst defective images."
@@ -88,13 +92,16 @@ def _run_facts(record):
         best=training.get('best_epoch'),
         history=_history_view(training['history']))
 
-# %% ../../nbs/lab/12_report_page.ipynb #723348e3
+# %% ../../nbs/lab/12_report_page.ipynb #cd9eda71
 def _timing_facts(record):
     "What a timing has and a run has not."
     m, timing = record['metrics'], record['timing']
     facts = [
         ('Tensor to score', f'{m["latency_ms"]:.1f} ms'),
-        ('5th to 95th percentile', f'{m["latency_low_ms"]:.1f}–{m["latency_high_ms"]:.1f} ms'),
+        (
+            '5th to 95th percentile',
+            f'{m["latency_low_ms"]:.1f}–{m["latency_high_ms"]:.1f} ms'
+        ),
         ('Frames a second', f'{m["fps"]:.1f}'),
         ('File to score', f'{m["file_latency_ms"]:.1f} ms')]
     calls = [
@@ -112,26 +119,40 @@ def _method(record):
 
 def _group(record):
     "What runs share that differ in their seed only."
-    names = (record['method'], record.get('form', ''), record['category'],
-             record['data']['name'], record['device'])
+    names = (
+        record['method'],
+        record.get('form', ''),
+        record['profile'],
+        record['category'],
+        record['data']['name'],
+        record['device'])
     return fingerprint(record_config(record)) + '|'.join(names)
+
+def _marked(name, images):
+    "A name with the fingerprint of its images."
+    return f'{name}, fingerprint {images["fingerprint"]}'
 
 def _provenance(record):
     "Where a run comes from: (name, words)."
-    data, textures, extractor = record['data'], record['textures'], record['extractor']
+    data = record['data']
+    textures = record['textures']
+    extractor = record['extractor']
     changed = ', with uncommitted changes' if record['dirty'] else ''
     return [
         ('Record', f'records/{record["key"]}.json'),
-        ('Data', f'{data["name"]}, fingerprint {data["fingerprint"]}'),
-        ('Textures', f'{textures["name"]}, fingerprint {textures["fingerprint"]}'),
-        ('Weights', f'{extractor["name"]} ({extractor["tag"]}), SHA-256 {extractor["sha256"]}'),
+        ('Data', _marked(data['name'], data)),
+        ('Textures', _marked(textures['name'], textures)),
+        ('Weights', f'{extractor["name"]} ({extractor["tag"]}), '
+                    f'SHA-256 {extractor["sha256"]}'),
         ('Computed by', f'{extractor["engine"]} on {record["device"]}, '
-                        f'{record["threads"]} threads, {record["peak_memory_mb"]:.0f} MB'),
+                        f'{record["threads"]} threads, '
+                        f'{record["peak_memory_mb"]:.0f} MB'),
         ('Code', f'commit {record["commit"]}{changed}'),
-        ('Time', record['time'])]
+        ('Time', record['time']),
+    ]
 
 def run_view(
-    record: dict, # Record of a run, or of a timing
+    record: dict, # Of a run or a timing
     configs: Shared, # Settings of all runs so far
     versions: Shared, # Versions of all runs so far
 ) -> dict: # For the script of the page
@@ -145,7 +166,7 @@ def run_view(
         profile=record['profile'],
         seed=record['seed'],
         extractor=_network(record),
-        changed=changed_settings(record, PUBLISHED[4]), # a table that varies no setting
+        changed=changed_settings(record, PUBLISHED[4]), # varies no setting
         config=configs.place(record['config']),
         versions=versions.place(record['versions']),
         group=_group(record),
@@ -184,7 +205,7 @@ def _cells(frame, comparable, keys, table):
         key=keys.get((row.method, row.category)), # the run to which the cell leads
     ) for row in frame.itertuples()]
 
-# %% ../../nbs/lab/12_report_page.ipynb #350bd468
+# %% ../../nbs/lab/12_report_page.ipynb #936c8b01
 def _listed(values):
     "Different values, sorted as text."
     return ', '.join(sorted({str(v) for v in values}))
@@ -199,10 +220,13 @@ def _source_badge(records, table, comparable):
 
 def _badges(records, table, comparable):
     "Labels above a table: (kind, words)."
-    if not records: return [('other', 'no runs yet: the numbers are those of the paper')]
+    if not records:
+        return [
+            ('other', 'no runs yet: the numbers are those of the paper')
+        ]
     networks = {_network(r) for r in records}
-    few = len(networks) < 3
-    extractor = f'extractor {_listed(networks)}' if few else f'{len(networks)} extractors'
+    extractor = f'{len(networks)} extractors'
+    if len(networks) < 3: extractor = f'extractor {_listed(networks)}'
     return [
         _source_badge(records, table, comparable),
         ('', extractor),
@@ -215,7 +239,9 @@ _SPEED_SPREAD = f'{_SPREAD}; below a single process its 5th to 95th percentile'
 
 def _plain(text):
     "Markdown without its signs for bold and italic."
-    return re.sub(r'\*\*(.+?)\*\*|\*(.+?)\*', lambda m: m[1] or m[2], text)
+    return re.sub(
+        r'\*\*(.+?)\*\*|\*(.+?)\*', lambda m: m[1] or m[2], text
+    )
 
 def _cell_keys(records, table, frame):
     "(method, category) → key of the run with the smallest seed."
@@ -229,7 +255,10 @@ def _cell_keys(records, table, frame):
 def _published_view(table):
     "Columns and rows of a published table."
     frame = published_frame(table)
-    return dict(columns=list(frame), rows=list(zip(frame.index, frame.values.tolist())))
+    return dict(
+        columns=list(frame),
+        rows=list(zip(frame.index, frame.values.tolist()))
+    )
 
 def _origin(records, table):
     "Data or machine of a table, and its profile; empty without records."
@@ -238,9 +267,9 @@ def _origin(records, table):
     data = first['device'] if table == 3 else first['data']['name']
     return dict(data=data, profile=first['profile'])
 
-# %% ../../nbs/lab/12_report_page.ipynb #cc1dc756
+# %% ../../nbs/lab/12_report_page.ipynb #518cc8b4
 def table_view(
-    records: list[dict], # Records of a table
+    records: list[dict], # Run records
     table: int, # Its number in the paper
     name: str, # Its name in addresses
 ) -> dict: # For the template
@@ -279,7 +308,9 @@ def _speed_series(runs):
     "Points of the plot of Table 3: one series for each kind of time."
     rows = [(method, r) for method, some in runs.items() for r in some]
     def values(key): return [r['metrics'][key] for _, r in rows]
-    kinds = {'': 'prepared tensor to score', 'file_': 'image file to score'}
+    kinds = {
+        '': 'prepared tensor to score', 'file_': 'image file to score'
+    }
     return [dict(
         name=words,
         method=[method for method, _ in rows],
@@ -307,7 +338,7 @@ def _auroc_series(runs, categories, published):
     return series
 
 def plot_view(
-    records: list[dict], # Records of a table
+    records: list[dict], # Run records
     table: int, # Its number in the paper
     name: str, # Its name in addresses
 ) -> dict: # For the script of the page
@@ -334,17 +365,22 @@ def _tables(results, records):
         some, _ = select(records, table, stated_parameters(path))
         if some: tables.append((path.stem, table, some))
     ran = {table for _, table, _ in tables}
-    tables += [(f'table{table}', table, []) for table in PUBLISHED if table not in ran]
+    tables += [
+        (f'table{table}', table, [])
+        for table in PUBLISHED
+        if table not in ran
+    ]
     return sorted(tables, key=lambda t: (t[1], t[0]))
 
 def _picture(path):
     "A picture as an address that holds it."
     return 'data:image/webp;base64,' + base64.b64encode(path.read_bytes()).decode()
 
-# %% ../../nbs/lab/12_report_page.ipynb #4cc46d6d
+# %% ../../nbs/lab/12_report_page.ipynb #067a68d9
 WHY = (
-    'a record holds none. Every run leaves them in the folder `pictures` of its results; '
-    'they are not passed on with the repository, since most data sets do not allow it.')
+    'a record holds none. Every run leaves them in the folder '
+    '`pictures` of its results; they are not passed on with the '
+    'repository, since most data sets do not allow it.')
 
 def _data(results, records, tables):
     "What the script of the page reads."
@@ -365,16 +401,20 @@ def _days(records):
 def _summary(records, tables):
     "What the head of the page says, and its tables."
     timings = sum(map(is_timing, records))
-    other_data = {r['data']['name'] for r in records if not r['data']['published']}
+    other_data = {
+        r['data']['name'] for r in records if not r['data']['published']
+    }
     return dict(
-        tables=[table_view(some, table, name) for name, table, some in tables],
+        tables=[
+            table_view(some, table, name) for name, table, some in tables
+        ],
         runs=len(records) - timings,
         timings=timings,
         days=_days(records),
         elsewhere=', '.join(sorted(other_data)),
         published=f'{PUBLISHED[1].data} or {PUBLISHED[2].data}')
 
-# %% ../../nbs/lab/12_report_page.ipynb #651d3869
+# %% ../../nbs/lab/12_report_page.ipynb #2e4ec37b
 def _libraries():
     "Scripts of plotly.js and DataTables, and the style of DataTables."
     import plotly.offline
@@ -390,17 +430,24 @@ def write_page(
 ) -> Path: # The page
     """Write results as one HTML file that loads nothing.
 
-    Raises `ModuleNotFoundError` without the extra `report`, `RecordError` for a damaged
-    record, and `ReportError` for records that do not fit into their table."""
+    Raises `ModuleNotFoundError` without the extra `report`,
+    `RecordError` for a damaged record, and
+    `ReportError` for records that do not fit into their table."""
     import jinja2, markupsafe
     results = Path(results)
     out = Path(out or results/'report'/'index.html')
     records = load_records(results)
     tables = _tables(results, records)
     scripts, style = _libraries()
-    scripts['data'] = json.dumps(_data(results, records, tables), allow_nan=False)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((files('cse.lab')/'report_page.html').read_text())
+    scripts['data'] = json.dumps(
+        _data(results, records, tables), allow_nan=False
+    )
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(
+        (files('cse.lab')/'report_page.html').read_text()
+    )
     page = template.render(
         _summary(records, tables),
         packed={name: _pack(text) for name, text in scripts.items()},

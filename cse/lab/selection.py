@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stated_parameters', 'table_number', 'table_notebooks', 'is_timing', 'select', 'select_pairs']
 
-# %% ../../nbs/lab/07_selection.ipynb #62871d10
+# %% ../../nbs/lab/07_selection.ipynb #12fc07bf
 import ast, json, re
 from pathlib import Path
 from ..config import Config, fingerprint, from_profile
@@ -13,27 +13,34 @@ from ..data.builtin import SURFACES, TEXTILES
 from .comparison import method_config, record_config
 from .published import PUBLISHED
 from .runs import (
-    BUILTIN, BUILTIN_TEXTILES, as_list, as_methods, as_seeds, as_settings, record_name, variant)
+    BUILTIN, BUILTIN_TEXTILES,
+    as_list, as_methods, as_seeds, as_settings,
+    record_name, variant)
 from .text_against_code import ROWS, sides
 
 # %% ../../nbs/lab/07_selection.ipynb #04292f97
+_TAGS = {'parameters', 'injected-parameters'}
+
 def stated_parameters(
     notebook: str | Path, # An executed table notebook
 ) -> dict: # Name → value
-    "The parameters with which a notebook was executed."
+    "Parameters of an executed notebook."
     found = {}
-    for cell in json.loads(Path(notebook).read_text())['cells']:
-        tags = set(cell['metadata'].get('tags', []))
-        if not tags & {'parameters', 'injected-parameters'}: continue
-        for line in ast.parse(''.join(cell['source'])).body:
+    content = json.loads(Path(notebook).read_text())
+    for cell in content['cells']:
+        tags = cell['metadata'].get('tags', [])
+        if not _TAGS & set(tags): continue
+        code = ast.parse(''.join(cell['source']))
+        for line in code.body:
             value = ast.literal_eval(line.value)
-            found |= {target.id: value for target in line.targets}
+            for target in line.targets:
+                found[target.id] = value
     return found
 
 def table_number(
-    path: str | Path, # A notebook, or a file of a table
+    path: str | Path, # Notebook or file
 ) -> int | None: # None for other files
-    "The number of the table that a file belongs to."
+    "Number of the table of a file."
     found = re.match(r'table(\d+)[_-]', Path(path).name)
     return int(found[1]) if found else None
 
@@ -42,62 +49,77 @@ def table_notebooks(
 ) -> dict[Path, int]: # Path → number of its table
     "The executed table notebooks in a folder of results."
     notebooks = sorted((Path(results)/'notebooks').glob('*.ipynb'))
-    return {path: table_number(path) for path in notebooks if table_number(path)}
+    return {
+        path: table_number(path)
+        for path in notebooks
+        if table_number(path)
+    }
 
 # %% ../../nbs/lab/07_selection.ipynb #d2b80b5a
 def is_timing(
-    record: dict, # Record of a run, or of a timing
+    record: dict, # Of a run or a timing
 ) -> bool:
     "Is this a timing of Table 3?"
     return 'timing' in record
 
 def _of_data(records, table, data, names):
-    "Records of the data that a notebook names."
+    "Records of the data of a notebook."
     builtin = BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
     source = Path(data).name if data else builtin
     named = [r for r in records if r['data']['name'] == source]
     if named or not data: return named
     published = PUBLISHED[table].data
-    return [r for r in records if r['data'].get('published') == published]
+    return [
+        r for r in records if r['data'].get('published') == published
+    ]
 
 def _settings(stated):
     "The settings of a notebook."
     names = [name for name in ('extractor', 'weights') if stated[name]]
     given = {name: Path(stated[name]).name for name in names}
-    return from_profile(stated['profile'], **given | as_settings(stated['settings']))
+    return from_profile(
+        stated['profile'], **given | as_settings(stated['settings'])
+    )
 
-# %% ../../nbs/lab/07_selection.ipynb #317c6530
+# %% ../../nbs/lab/07_selection.ipynb #ff6431db
 def _variant_of(record):
-    "Method, hash of its settings, profile."
+    "Method, hash of settings, profile."
     return record['method'], fingerprint(record_config(record)), record['profile']
 
 def _default_names(stated, table):
-    "Categories that a notebook names, or those of the built-in data; empty: all there are."
+    "Categories of a notebook, or of the built-in data; empty: all."
     names = as_list(stated['categories'], 'categories')
     if names or stated['data']: return names
     return list(TEXTILES if table == 2 else SURFACES)
 
 def _found_names(records, table):
-    "Categories of the records, in the order of the built-in surfaces where they are those."
+    "Categories of the records; built-in surfaces in their own order."
     found = {r['category'] for r in records}
     return SURFACES if table != 2 and set(SURFACES) <= found else sorted(found)
 
 def _missing(records, wanted, names, seeds):
     "Runs that a notebook needs and that are not on record, in words."
-    runs = {(*_variant_of(r), r['category'], r['seed']) for r in records}
+    runs = {
+        (*_variant_of(r), r['category'], r['seed']) for r in records
+    }
     return [
         f'{variant[0]} on {category} with seed {seed}'
         for variant in sorted(wanted) for category in names for seed in seeds
         if (*variant, category, seed) not in runs]
 
-# %% ../../nbs/lab/07_selection.ipynb #15d3f61d
+# %% ../../nbs/lab/07_selection.ipynb #10004096
 def _select_runs(records, table, stated, variants):
-    "Records of methods with their settings; runs that are missing; names of the categories."
+    "Records of methods with their settings; missing runs; categories."
     seeds = as_seeds(stated['seeds'])
     names = _default_names(stated, table)
-    textures = Path(stated['textures']).name or 'built-in textures'
+    textures = Path(stated['textures']).name
+    textures = textures or 'built-in textures'
     wanted = {
-        (method, fingerprint(method_config(method, config)), config.profile)
+        (
+            method,
+            fingerprint(method_config(method, config)),
+            config.profile
+        )
         for method, config in variants}
     here = [
         r for r in records
@@ -110,16 +132,21 @@ def _select_runs(records, table, stated, variants):
 
 # %% ../../nbs/lab/07_selection.ipynb #4dfc75ba
 def _timed_config(stated):
-    "The settings of a notebook of Table 3."
+    "Settings of a notebook of Table 3."
     extractor = stated['extractor'] or Config().extractor
-    weights = Path(stated['weights']).name or 'random'
+    weights = Path(stated['weights']).name
+    weights = weights or 'random'
     given = dict(extractor=extractor, weights=weights)
-    return from_profile(stated['profile'], **given | as_settings(stated['settings']))
+    return from_profile(
+        stated['profile'], **given | as_settings(stated['settings'])
+    )
 
 def _timed_methods(stated):
-    "How the keys of the timings of a notebook begin."
-    methods = [m for m in as_list(stated['methods'], 'methods') if m != 'all']
-    return [record_name(f'speed-{method}', 0)[:-13] for method in methods] or ['speed']
+    "Starts of the keys of its timings."
+    names = as_list(stated['methods'], 'methods')
+    names = [name for name in names if name != 'all']
+    if not names: return ['speed']
+    return [record_name(f'speed-{name}', 0)[:-13] for name in names]
 
 def _machine(record):
     "What timings must share: device, threads, versions."
@@ -144,11 +171,11 @@ def _select_timings(records, stated):
     keys = [r['key'] for r in chosen]
     return chosen, [m for m in methods if not any(key.startswith(m) for key in keys)]
 
-# %% ../../nbs/lab/07_selection.ipynb #e4053b52
+# %% ../../nbs/lab/07_selection.ipynb #cd7f4f69
 def select(
     records: list[dict], # All records
-    table: int, # Number of a table in the paper
-    stated: dict, # What `stated_parameters` returns
+    table: int, # Number of the table
+    stated: dict, # Parameters of a notebook
 ) -> tuple[list[dict], list[str]]: # Records of the table; missing runs in words
     "The records that a notebook with these parameters reads."
     if table == 3: return _select_timings(records, stated)
@@ -157,9 +184,9 @@ def select(
     chosen, missing, _ = _select_runs(records, table, stated, variants)
     return chosen, missing
 
-# %% ../../nbs/lab/07_selection.ipynb #766e4dce
+# %% ../../nbs/lab/07_selection.ipynb #a1d82f80
 def _missing_side(name, configs, places, runs):
-    "Runs of a row that are not on record, in words."
+    "Missing runs of a row, in words."
     return [
         f'{name}: cse on {category} with seed {seed}'
         for config in configs for category, seed in places
@@ -167,19 +194,31 @@ def _missing_side(name, configs, places, runs):
 
 def select_pairs(
     records: list[dict], # All records
-    stated: dict, # What `stated_parameters` returns
-) -> tuple[dict, list[str]]: # Complete rows, each with its two sides; missing runs in words
+    stated: dict, # Parameters of a notebook
+) -> tuple[dict, list[str]]: # Row → its two sides; missing runs in words
     "The records that a notebook of Table 6 with these parameters reads."
-    wanted = sides(as_list(stated['rows'], 'rows') or ROWS, _settings(stated))
-    variants = [('cse', config) for configs in wanted.values() for config in configs]
-    chosen, _, names = _select_runs(records, 1, stated, variants) # the data of Table 1
+    wanted = sides(
+        as_list(stated['rows'], 'rows') or ROWS, _settings(stated)
+    )
+    variants = [
+        ('cse', config)
+        for configs in wanted.values()
+        for config in configs
+    ]
+    table = 1 # Table 6 uses its data
+    chosen, _, names = _select_runs(records, table, stated, variants)
     seeds = as_seeds(stated['seeds'])
     places = [(category, seed) for category in names for seed in seeds]
-    runs = {(_variant_of(r)[1], r['category'], r['seed']): r for r in chosen}
+    runs = {
+        (_variant_of(r)[1], r['category'], r['seed']): r for r in chosen
+    }
     pairs, missing = {}, []
     for name, configs in wanted.items():
         gone = _missing_side(name, configs, places, runs)
         missing += gone
         if gone or not places: continue
-        pairs[name] = [[runs[fingerprint(c), *place] for place in places] for c in configs]
+        pairs[name] = [
+            [runs[fingerprint(c), *place] for place in places]
+            for c in configs
+        ]
     return pairs, missing

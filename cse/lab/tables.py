@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Markdown', 'markdown', 'table_frame', 'commits', 'caption', 'render', 'write_files', 'write_report', 'publish']
 
-# %% ../../nbs/lab/04_tables.ipynb #436e2d64
+# %% ../../nbs/lab/04_tables.ipynb #217ab255
 import json, math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,11 @@ import matplotlib, matplotlib.pyplot as plt, pandas as pd
 from matplotlib.figure import Figure
 from ..data.files import replacing
 from .comparison import (
-    changed_settings, check_records, column_name, comparison, grouped, is_comparable, value_at)
+    changed_settings, check_records, column_name,
+    comparison, grouped, is_comparable, value_at)
 from .plots import plot, plot_latency
-from .published import Published, ReportError, published_frame, published_table
+from .published import (
+    Published, ReportError, published_frame, published_table)
 
 # %% ../../nbs/lab/04_tables.ipynb #822b0e5f
 class Markdown(str):
@@ -33,9 +35,10 @@ def markdown(
     head = _row([frame.index.name or '', *frame.columns])
     rule = '|---' * (frame.shape[1] + 1) + '|'
     rows = zip(frame.index, frame.itertuples(index=False, name=None))
-    return Markdown('\n'.join([head, rule, *(_row([name, *row]) for name, row in rows)]))
+    lines = [_row([name, *row]) for name, row in rows]
+    return Markdown('\n'.join([head, rule, *lines]))
 
-# %% ../../nbs/lab/04_tables.ipynb #92d052f6
+# %% ../../nbs/lab/04_tables.ipynb #2c346b6a
 def _signed(value):
     "A difference with its sign; 0.0 has none."
     if not round(value, 1): return '0.0'
@@ -47,10 +50,14 @@ def _spread(value):
 
 def _cell(row, started):
     "A cell of AUROC; a mean is incomplete where a method has only some categories."
-    parts = ['–' if math.isnan(row.published) else f'{row.published:.1f}']
-    if row.seeds: parts.append(f'{row.ours:.1f}{_spread(row.sd)}')
-    else: parts.append('incomplete' if started else 'not run')
-    if not math.isnan(row.difference): parts.append(_signed(row.difference))
+    missing = 'incomplete' if started else 'not run'
+    ours = f'{row.ours:.1f}{_spread(row.sd)}'
+    parts = [
+        '–' if math.isnan(row.published) else f'{row.published:.1f}',
+        ours if row.seeds else missing,
+    ]
+    if not math.isnan(row.difference):
+        parts.append(_signed(row.difference))
     return ' · '.join(parts)
 
 def _speed_cell(row):
@@ -63,17 +70,19 @@ def _speed_cell(row):
 
 # %% ../../nbs/lab/04_tables.ipynb #028f3036
 def table_frame(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> pd.DataFrame: # Methods × categories
-    "The printed form of `comparison`: '–' without a published number, 'not run' without ours."
+    "The comparison as it is printed; 'not run' where we have no number."
     frame = comparison(records, table)
     ran = set(frame.method[frame.seeds > 0])
     def cell(row):
         if table == 3: return _speed_cell(row)
         return _cell(row, row.category == 'mean' and row.method in ran)
     cells = [cell(row) for row in frame.itertuples()]
-    wide = frame.assign(cell=cells).pivot(index='method', columns='category', values='cell')
+    wide = frame.assign(cell=cells).pivot(
+        index='method', columns='category', values='cell'
+    )
     wide = wide.loc[frame.method.unique(), frame.category.unique()]
     return wide.rename_axis(columns=None)
 
@@ -92,23 +101,29 @@ def _shortened(record):
     return f'{epochs} of {published} epochs' if epochs < published else ''
 
 def _by_column(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     paper: Published, # The table they fill
     text: Callable, # Record → words
 ) -> str:
     "The words for all records; by column where they differ."
     words = {}
     for column, some in grouped(records, lambda r: column_name(r, paper)).items():
-        words[column] = '; '.join(sorted({text(r) for r in some} - {''}))
+        words[column] = '; '.join(
+            sorted({text(r) for r in some} - {''})
+        )
     if len(set(words.values())) == 1: return next(iter(words.values()))
-    return '; '.join(f'{column}: {said or "none"}' for column, said in words.items())
+    return '; '.join(
+        f'{column}: {said or "none"}' for column, said in words.items()
+    )
 
-# %% ../../nbs/lab/04_tables.ipynb #a4afbd7a
+# %% ../../nbs/lab/04_tables.ipynb #de1e57a0
 def commits(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
 ) -> str: # Short hashes; empty if none is on record
     "The commits of the source with which the records were made."
-    found = sorted({r['commit'][:10] for r in records if r.get('commit')})
+    found = sorted(
+        {r['commit'][:10] for r in records if r.get('commit')}
+    )
     changed = any(r.get('dirty') for r in records)
     return ', '.join(found) + (' with uncommitted changes' if changed else '')
 
@@ -122,20 +137,24 @@ def _days(records):
     if not days: return 'not dated'
     return ' to '.join(dict.fromkeys((days[0], days[-1])))
 
-# %% ../../nbs/lab/04_tables.ipynb #bf4960fb
+# %% ../../nbs/lab/04_tables.ipynb #a2bb7fc4
 def _data_fact(records, table):
     "The data, and whether it is that of the paper."
     data = records[0]['data']['name']
     if is_comparable(records, table): return data
     paper = published_table(table).data
-    return (f'{data}, **not {paper}**: the numbers of the paper '
-            'belong to other images and are not compared')
+    return (
+        f'{data}, **not {paper}**: the numbers of the paper '
+        'belong to other images and are not compared'
+    )
 
 def _seeds_fact(records, table):
     "The seeds, and whether each cell has all of them."
-    counts = comparison(records, table).query('seeds > 0').seeds
-    some_have_fewer = counts.nunique() > 1
-    return _listed(r['seed'] for r in records) + ' (some cells have fewer)' * some_have_fewer
+    seeds = _listed(r['seed'] for r in records)
+    counts = comparison(records, table).seeds
+    counts = counts[counts > 0]
+    if counts.nunique() < 2: return seeds
+    return f'{seeds} (some cells have fewer)'
 
 def _textures_fact(record):
     "Name and number of the textures."
@@ -146,21 +165,28 @@ def _textures_fact(record):
 def _facts(records, table):
     "Data, extractor and settings of a table of AUROC."
     paper = published_table(table)
-    changed = _by_column(records, paper, lambda r: changed_settings(r, paper))
+    changed = _by_column(
+        records, paper, lambda r: changed_settings(r, paper)
+    )
     return {
         'Data': _data_fact(records, table),
         'Extractor': _by_column(records, paper, _extractor),
         'Profile': records[0]['profile'],
         'Changed settings': changed or 'none',
         'Seeds': _seeds_fact(records, table),
-        'Textures': _textures_fact(records[0])}
+        'Textures': _textures_fact(records[0]),
+    }
 
 # %% ../../nbs/lab/04_tables.ipynb #8c4d16b8
-_NOT_TIMED = {'extractor', 'weights', 'layers', 'epochs', 'batch_size', 'lr', 'weight_decay'}
+_NOT_TIMED = {
+    'extractor', 'weights', 'layers', 'epochs',
+    'batch_size', 'lr', 'weight_decay'
+}
 
 def _speed_weights(record):
     "Extractor of a timing; random weights have no tag."
-    if record['extractor']['weights'] != 'random': return _extractor(record)
+    if record['extractor']['weights'] != 'random':
+        return _extractor(record)
     name = record['extractor']['name'].split('.')[0]
     return f'{name} with **random weights**'
 
@@ -174,43 +200,59 @@ def _speed_image(record):
 def _speed_calls(records):
     "How often and how a method was called."
     timing = records[0]['timing']
-    calls = sorted({len(r['timing'][key]) for r in records for key in ('model_ms', 'file_ms')})
-    counts = ' to '.join(map(str, dict.fromkeys((calls[0], calls[-1]))))
-    return (f'median (5th–95th percentile) of {counts} calls '
-            f'after {timing["warmup"]} that are not counted, '
-            f'batch {timing["batch"]}, each method in a process of its own; '
-            '*latency* from prepared tensor to score, '
-            '*file to score* with reading and preparing')
+    calls = {
+        len(r['timing'][key])
+        for r in records
+        for key in ('model_ms', 'file_ms')
+    }
+    fewest, most = min(calls), max(calls)
+    counts = f'{fewest}' if fewest == most else f'{fewest} to {most}'
+    return (
+        f'median (5th–95th percentile) of {counts} calls '
+        f'after {timing["warmup"]} that are not counted, '
+        f'batch {timing["batch"]}, '
+        'each method in a process of its own; '
+        '*latency* from prepared tensor to score, '
+        '*file to score* with reading and preparing'
+    )
 
-# %% ../../nbs/lab/04_tables.ipynb #f1113e3b
+# %% ../../nbs/lab/04_tables.ipynb #1055fb28
 def _speed_facts(records, paper):
     "Machine, extractor and calls of a table of times."
     first = records[0]
     seeds = {r['seed'] for r in records}
     plural = 's' * (first['threads'] > 1)
-    def changed(record): return changed_settings(record, paper, _NOT_TIMED)
+    image = f'{first["category"]}/{first["images"][0]}'
+    data = first['data']['name']
+    def each(text): return _by_column(records, paper, text)
+    def changed(r): return changed_settings(r, paper, _NOT_TIMED)
     return {
-        'Machine': f'{first["device"]}, {first["threads"]} thread{plural}',
-        'Extractor': _by_column(records, paper, _speed_weights)
-            + '; nothing was trained, which does not change a time',
-        'Image': f'{first["category"]}/{first["images"][0]} of {first["data"]["name"]}, '
-            + _by_column(records, paper, _speed_image),
-        'Computed by': _by_column(records, paper, lambda r: r['extractor']['engine']),
+        'Machine':
+            f'{first["device"]}, {first["threads"]} thread{plural}',
+        'Extractor':
+            f'{each(_speed_weights)}; '
+            'nothing was trained, which does not change a time',
+        'Image': f'{image} of {data}, {each(_speed_image)}',
+        'Computed by': each(lambda r: r['extractor']['engine']),
         'Measured': _speed_calls(records),
-        "The paper's numbers": f'from {paper.data}, its rows in part from other machines; '
+        "The paper's numbers":
+            f'from {paper.data}, its rows in part from other machines; '
             'they are context, and no difference to them is formed',
         'Profile': first['profile'],
-        'Changed settings': _by_column(records, paper, changed) or 'none',
-        'Processes a method': f'{len(seeds)} (seed {_listed(seeds)})'}
+        'Changed settings': each(changed) or 'none',
+        'Processes a method': f'{len(seeds)} (seed {_listed(seeds)})',
+    }
 
 # %% ../../nbs/lab/04_tables.ipynb #8fc6d9ce
 def _shortened_fact(records, paper):
     "Methods with fewer epochs than published, with both numbers."
     found = {(column_name(r, paper), _shortened(r)) for r in records}
-    return '; '.join(sorted(f'{column} {words}' for column, words in found if words))
+    return '; '.join(
+        sorted(f'{column} {words}' for column, words in found if words)
+    )
 
 def _extra_categories(records, table):
-    "Categories of ours that the mean leaves out, since the paper has none of that name."
+    "Our categories that the paper does not have; the mean leaves them out."
     if not is_comparable(records, table): return ''
     ours = {r['category'] for r in records}
     return ', '.join(sorted(ours - set(published_table(table).rows)))
@@ -222,7 +264,11 @@ def _origin_facts(records, table):
         facts['Shortened trainings'] = shorter
     facts['Runs'] = _days(records)
     if table != 3:
-        devices = _listed(str(r['device']) for r in records if r.get('device') is not None)
+        devices = _listed(
+            str(r['device'])
+            for r in records
+            if r.get('device') is not None
+        )
         facts['Device'] = devices or 'not recorded'
     facts['Code'] = commits(records) or 'no commit recorded'
     if extra := _extra_categories(records, table):
@@ -230,21 +276,30 @@ def _origin_facts(records, table):
     return facts
 
 def caption(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> str: # Markdown
-    "What the numbers of a table rest on: data, extractor, profile, seeds, dates, devices, code."
+    "Data, extractor, settings, seeds, dates, devices and code of a table."
     check_records(records, table)
     paper = published_table(table)
     unit = paper.unit[0].upper() + paper.unit[1:]
     head = f'**Table {table}: {paper.title}.** {unit}.'
-    if not records: return f'{head} No runs yet; the numbers are those of the paper, on {paper.data}.'
-    facts = _speed_facts(records, paper) if table == 3 else _facts(records, table)
+    if not records:
+        return (
+            f'{head} No runs yet; the numbers '
+            f'are those of the paper, on {paper.data}.'
+        )
+    if table == 3: facts = _speed_facts(records, paper)
+    else: facts = _facts(records, table)
     facts |= _origin_facts(records, table)
-    return ' '.join([head, *(f'{name}: {value}.' for name, value in facts.items())])
+    return ' '.join(
+        [head, *(f'{name}: {value}.' for name, value in facts.items())]
+    )
 
 # %% ../../nbs/lab/04_tables.ipynb #fbc459f6
-_KEY = 'Cells: paper · ours ± standard deviation over seeds · difference (ours − paper).'
+_KEY = (
+    'Cells: paper · ours ± standard deviation over seeds '
+    '· difference (ours − paper).')
 _SPEED_KEY = 'Cells: mean over processes ± standard deviation.'
 
 def _cell_key(records, table):
@@ -254,30 +309,41 @@ def _cell_key(records, table):
 
 def _reference(table):
     "The published table, for runs that are not compared with it."
-    why = 'not compared, since they come from another machine' if table == 3 else 'on another data set'
     data = published_table(table).data
-    return [f'*Published numbers, {why}: {data}. For reference only:*',
-            markdown(published_frame(table))]
+    why = 'on another data set'
+    if table == 3:
+        why = 'not compared, since they come from another machine'
+    return [
+        f'*Published numbers, {why}: {data}. For reference only:*',
+        markdown(published_frame(table)),
+    ]
 
 def render(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
 ) -> Markdown: # The whole report
     "A table with what a reader needs to judge it."
     notes = ' '.join(published_table(table).notes)
-    parts = [caption(records, table), markdown(table_frame(records, table))]
+    parts = [
+        caption(records, table), markdown(table_frame(records, table))
+    ]
     parts.append(_cell_key(records, table))
     if not is_comparable(records, table): parts += _reference(table)
     if notes: parts.append(f'Notes on the published numbers: {notes}')
     return Markdown('\n\n'.join(filter(None, parts)) + '\n')
 
 # %% ../../nbs/lab/04_tables.ipynb #d511b55f
-_SVG = {'svg.hashsalt': 'cse', 'svg.fonttype': 'none'} # the same ids each time, text as text
+_SVG = {
+    'svg.hashsalt': 'cse', # the same ids each time
+    'svg.fonttype': 'none', # text stays text
+}
 
 def _write_figure(path, figure):
     "A figure as SVG, without the date."
     with replacing(path) as file, matplotlib.rc_context(_SVG):
-        figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
+        figure.savefig(
+            file, format='svg', metadata={'Date': None, 'Creator': None}
+        )
     plt.close(figure)
 
 def write_files(
@@ -286,49 +352,62 @@ def write_files(
     rows: pd.DataFrame, # For the CSV file
     figures: dict[str, Figure] | None = None, # File name without ending → figure
 ):
-    "Write a table as Markdown, CSV and SVG; each file is there completely or not at all."
+    "Write Markdown, CSV and SVG files, each completely or not at all."
     with replacing(f'{path}.md') as file: file.write_text(text, encoding='utf-8')
     with replacing(f'{path}.csv') as file:
         rows.round(4).to_csv(file, index=False, lineterminator='\n')
     for name, figure in (figures or {}).items():
         _write_figure(Path(path).parent/f'{name}.svg', figure)
 
-# %% ../../nbs/lab/04_tables.ipynb #e8e517ed
+# %% ../../nbs/lab/04_tables.ipynb #9a0daa42
 def _rows(records, table):
     "The comparison, with what all records share in front."
     first = records[0] if records else {}
-    about = dict(table=table, data=value_at(first, 'data.name'), profile=first.get('profile'))
-    if table == 3: about |= {key: first.get(key) for key in ('device', 'threads')}
+    about = dict(
+        table=table, data=value_at(first, 'data.name'),
+        profile=first.get('profile')
+    )
+    if table == 3:
+        about |= {key: first.get(key) for key in ('device', 'threads')}
     frame = comparison(records, table)
     return frame.assign(**about)[[*about, *frame.columns]]
 
 def write_report(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
     folder: str | Path, # Made if it is missing
     name: str = '', # File name without ending; empty: table1, table2, …
 ) -> dict[str, Path]: # 'md', 'csv', 'svg' → path
-    "Write a table as Markdown, CSV and SVG. Raises `ReportError` for a name with a folder."
+    "Write a table as files. Raises `ReportError` for a name with a folder."
     name = name or f'table{table}'
     if Path(name).name != name:
-        raise ReportError(f'name={name!r}: expected a file name without folder')
-    records = sorted(records, key=lambda r: json.dumps(r, sort_keys=True))
+        raise ReportError(
+            f'name={name!r}: expected a file name without folder'
+        )
+    records = sorted(
+        records, key=lambda r: json.dumps(r, sort_keys=True)
+    )
     figures = {name: plot(records, table)}
     text = f'{render(records, table)}\n![Table {table} as a plot]({name}.svg)\n'
     if table != 3 and (figure := plot_latency(records, table)):
         figures[f'{name}-latency'] = figure
         text += f'\n![AUROC and time of each method]({name}-latency.svg)\n'
     write_files(Path(folder)/name, text, _rows(records, table), figures)
-    return {ending: Path(folder)/f'{name}.{ending}' for ending in ('md', 'csv', 'svg')}
+    return {
+        ending: Path(folder)/f'{name}.{ending}'
+        for ending in ('md', 'csv', 'svg')
+    }
 
 # %% ../../nbs/lab/04_tables.ipynb #16b69b32
 def _file_name(words):
     "A file name in lower case, with letters, digits and a few signs only."
-    kept = ''.join(c if c.isalnum() or c in '-_.' else ' ' for c in words.lower())
+    kept = ''.join(
+        c if c.isalnum() or c in '-_.' else ' ' for c in words.lower()
+    )
     return '-'.join(kept.split())
 
 def publish(
-    records: list[dict], # Records of runs
+    records: list[dict], # Run records
     table: int, # Number of the table
     results: str | Path = '', # Folder of results; empty: nothing is written
 ) -> Markdown: # The report, for display
@@ -336,7 +415,11 @@ def publish(
     if not results: return render(records, table)
     name = f'table{table}'
     if records:
-        where = value_at(records[0], 'device' if table == 3 else 'data.name')
+        where = value_at(
+            records[0], 'device' if table == 3 else 'data.name'
+        )
         name = f'{name}-{where}-{records[0]["profile"]}'
-    write_report(records, table, Path(results)/'tables', _file_name(name))
+    write_report(
+        records, table, Path(results)/'tables', _file_name(name)
+    )
     return render(records, table)
