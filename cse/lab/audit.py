@@ -41,6 +41,7 @@ def _first_few(names):
     more = f', … {len(names)} in all' if len(names) > 3 else ''
     return ', '.join(names[:3]) + more
 
+# %% ../../nbs/lab/07_audit.ipynb #9324fa20
 @dataclass
 class Audit:
     "The result of an audit."
@@ -262,6 +263,7 @@ def _run_of(record):
         {k: v for k, v in record.items() if k != 'key'}, sort_keys=True
     )
 
+# %% ../../nbs/lab/07_audit.ipynb #c5a55f98
 def _check_copies(records):
     "Records that are there twice."
     files = defaultdict(list)
@@ -300,6 +302,7 @@ def _apart(a, b, around=20):
         before + line[left:len(line) - right] + after for line in (a, b)
     ]
 
+# %% ../../nbs/lab/07_audit.ipynb #1cb335e2
 def compare_lines(
     file: str, # How findings call it
     expected: str, # Text that was made again
@@ -340,6 +343,7 @@ def _shown_table(notebook):
                 shown.append(''.join(text))
     return shown[-1]
 
+# %% ../../nbs/lab/07_audit.ipynb #9db18ac2
 def _check_notebook(notebook, table, records, folder):
     "Missing runs, and lines of a table that its notebook shows otherwise."
     try: chosen, missing = _select(notebook, table, records)

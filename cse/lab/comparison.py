@@ -266,6 +266,7 @@ def seed_values(
             found.setdefault((column, 'mean'), {})[seed] = mean, None, None
     return found
 
+# %% ../../nbs/lab/04_comparison.ipynb #9eae9c75
 def _seed_means(found, column, averaged):
     "Seed → mean over the categories, for seeds that have all of them."
     if not averaged: return {}
@@ -310,6 +311,7 @@ def _summary(values):
     else: low, high = min(values)[0], max(values)[0]
     return dict(ours=ours, sd=sd, seeds=len(values), low=low, high=high)
 
+# %% ../../nbs/lab/04_comparison.ipynb #2f036d5f
 def comparison(
     records: list[dict], # Run records
     table: int, # Number of the table

@@ -48,6 +48,7 @@ def _draw_cell(ax, x, row, values, colour, width):
             markersize=8, fillstyle='none'
         )
 
+# %% ../../nbs/lab/04_plots.ipynb #ae022456
 def _auroc_plot(records, table):
     "Every run of Tables 1, 2, 4 and 5."
     found = seed_values(records, table)
@@ -103,6 +104,7 @@ def _lowest_tick(frame):
     )
     return max(0, 5 * math.floor(min(lowest, 99) / 5 - 0.2))
 
+# %% ../../nbs/lab/04_plots.ipynb #f31addcc
 def _finish(ax, frame, colours):
     "Axes, labels and legend of the plot of AUROC."
     categories = list(frame.category.unique())
@@ -143,6 +145,7 @@ def _draw_times(ax, y, processes, colour, sign):
     ax.annotate(f'{mean:.1f}', (right, y), (6, 0),
                 textcoords='offset points', va='center', color=colour)
 
+# %% ../../nbs/lab/04_plots.ipynb #09c8df34
 def _speed_plot(records):
     "Time from tensor and from file to score, for each method that was measured."
     frame = comparison(records, 3).query('seeds > 0')
@@ -209,6 +212,7 @@ def _latency_points(records, table):
         )
     return pd.DataFrame(points)
 
+# %% ../../nbs/lab/04_plots.ipynb #357f8ac1
 def _label_time(ax, records):
     "A logarithmic axis of milliseconds, labelled with the number of threads."
     threads = '–'.join(sorted({str(r.get('threads', '?')) for r in records}))

@@ -132,6 +132,7 @@ def _marked(name, images):
     "A name with the fingerprint of its images."
     return f'{name}, fingerprint {images["fingerprint"]}'
 
+# %% ../../nbs/lab/12_report_page.ipynb #ff93d7a5
 def _provenance(record):
     "Where a run comes from: (name, words)."
     data = record['data']
@@ -151,6 +152,7 @@ def _provenance(record):
         ('Time', record['time']),
     ]
 
+# %% ../../nbs/lab/12_report_page.ipynb #b0592263
 def run_view(
     record: dict, # Of a run or a timing
     configs: Shared, # Settings of all runs so far
@@ -260,6 +262,7 @@ def _published_view(table):
         rows=list(zip(frame.index, frame.values.tolist()))
     )
 
+# %% ../../nbs/lab/12_report_page.ipynb #dd9dc53d
 def _origin(records, table):
     "Data or machine of a table, and its profile; empty without records."
     if not records: return dict(data='', profile='')
@@ -337,6 +340,7 @@ def _auroc_series(runs, categories, published):
             paper=paper))
     return series
 
+# %% ../../nbs/lab/12_report_page.ipynb #04dcdeb5
 def plot_view(
     records: list[dict], # Run records
     table: int, # Its number in the paper

@@ -100,6 +100,7 @@ def _shortened(record):
     epochs = value_at(record, 'config.epochs') or 0
     return f'{epochs} of {published} epochs' if epochs < published else ''
 
+# %% ../../nbs/lab/04_tables.ipynb #6ab177fa
 def _by_column(
     records: list[dict], # Run records
     paper: Published, # The table they fill
@@ -197,6 +198,7 @@ def _speed_image(record):
     network = '×'.join(map(str, timing['input']))
     return f'{image} pixels in its file and {network} for the network'
 
+# %% ../../nbs/lab/04_tables.ipynb #b894702d
 def _speed_calls(records):
     "How often and how a method was called."
     timing = records[0]['timing']
@@ -275,6 +277,7 @@ def _origin_facts(records, table):
         facts['Mean'] = f'over the categories of the paper, without {extra}'
     return facts
 
+# %% ../../nbs/lab/04_tables.ipynb #572fda83
 def caption(
     records: list[dict], # Run records
     table: int, # Number of the table
@@ -359,7 +362,7 @@ def write_files(
     for name, figure in (figures or {}).items():
         _write_figure(Path(path).parent/f'{name}.svg', figure)
 
-# %% ../../nbs/lab/04_tables.ipynb #9a0daa42
+# %% ../../nbs/lab/04_tables.ipynb #2c3a937c
 def _rows(records, table):
     "The comparison, with what all records share in front."
     first = records[0] if records else {}
@@ -372,6 +375,7 @@ def _rows(records, table):
     frame = comparison(records, table)
     return frame.assign(**about)[[*about, *frame.columns]]
 
+# %% ../../nbs/lab/04_tables.ipynb #542535a2
 def write_report(
     records: list[dict], # Run records
     table: int, # Number of the table
