@@ -5,30 +5,62 @@ from pathlib import Path
 
 import pytest
 
-from cse.lab.audit import audit, check_record, identity, select, select_pairs, stated_parameters, table_notebooks
+from cse.lab.audit import audit, check_record, identity
+from cse.lab.selection import select, select_pairs, stated_parameters, table_notebooks
 
 RESULTS = Path(__file__).parent.parent / 'results'
-NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke', 6: 'table6_disagreements-surfaces-smoke'}
+NOTEBOOKS = {
+    3: 'table3_speed-built-in-smoke',
+    4: 'table4_classifier-surfaces-paper',
+    6: 'table6_disagreements-surfaces-smoke'}
+FILES = {
+    3: 'tables/table3-*',
+    4: 'tables/table4-surfaces-paper*',
+    6: 'tables/table6-surfaces-smoke*'}
+
+
+def load(pattern='*.json'):
+    "Committed records whose file name fits a pattern."
+    return [json.loads(p.read_text()) for p in (RESULTS / 'records').glob(pattern)]
+
+
+def stated(table):
+    "The parameters of the committed notebook of a table."
+    return stated_parameters(RESULTS / 'notebooks' / f'{NOTEBOOKS[table]}.ipynb')
+
+
+def renamed(records, name):
+    "Records as if their images were those of a published data set."
+    return [r | {'data': r['data'] | dict(name=name, published=name)} for r in records]
+
+
+def keys_of(table):
+    "Keys of the records of a table."
+    if table != 6: return {r['key'] for r in select(load(), table, stated(table))[0]}
+    pairs, _ = select_pairs(load(), stated(table))
+    return {r['key'] for sides in pairs.values() for side in sides for r in side}
 
 
 def copy_table(table, tmp_path):
     "A folder of results with one table and its records."
-    records = [json.loads(p.read_text()) for p in (RESULTS / 'records').glob('*.json')]
-    notebook = RESULTS / 'notebooks' / f'{NOTEBOOKS[table]}.ipynb'
     for name in ('records', 'notebooks', 'tables'):
         (tmp_path / name).mkdir()
-    shutil.copy(notebook, tmp_path / 'notebooks')
-    stated = stated_parameters(notebook)
-    keys = {r['key'] for r in select(records, table, stated)[0]} if table != 6 else {r['key'] for pair in select_pairs(records, stated)[0].values() for side in pair for r in side}
-    for key in keys:
+    shutil.copy(RESULTS / 'notebooks' / f'{NOTEBOOKS[table]}.ipynb', tmp_path / 'notebooks')
+    for key in keys_of(table):
         shutil.copy(RESULTS / 'records' / f'{key}.json', tmp_path / 'records')
-    for path in RESULTS.glob({3: 'tables/table3-*', 4: 'tables/table4-surfaces-paper*', 6: 'tables/table6-surfaces-smoke*'}[table]):
+    for path in RESULTS.glob(FILES[table]):
         shutil.copy(path, tmp_path / 'tables')
     return tmp_path
 
 
 def run_file(folder):
     return min((folder / 'records').glob('cse-*.json'))
+
+
+def a_side(folder):
+    "The record of one side of a pair of Table 6."
+    for path in (folder / 'records').glob('*wood*'):
+        if json.loads(path.read_text())['config']['prototype'] == 'nearest': return path
 
 
 def timing_file(folder):
@@ -51,10 +83,39 @@ def put(path, value):
     return edit
 
 
+def in_run(edit):
+    "A change of one run in a folder of results."
+    return lambda folder: change(run_file(folder), edit)
+
+
+def in_timing(edit):
+    "A change of one timing in a folder of results."
+    return lambda folder: change(timing_file(folder), edit)
+
+
 def copy_as(path, name, **changes):
     new = path.with_name(name)
     shutil.copy(path, new)
     change(new, lambda record: record.update(changes))
+
+
+def scale_first_score(record):
+    "A change that no rank shows."
+    record['scores'][0] *= 1 + 1e-9
+
+
+def rename(folder):
+    run_file(folder).rename(folder / 'records/better.json')
+
+
+def truncate(folder):
+    path = run_file(folder)
+    path.write_text(path.read_text()[:5000])
+
+
+def copy_csv(folder):
+    tables = folder / 'tables'
+    shutil.copy(tables / 'table4-surfaces-paper.csv', tables / 'table4-elsewhere-paper.csv')
 
 
 def rewrite(pattern, old, new):
@@ -67,62 +128,97 @@ def rewrite(pattern, old, new):
 
 
 PLANTED = {  # what is done to a folder of results → a word of the finding
-    'a score that changes no rank': (lambda f: change(run_file(f), lambda r: r['scores'].__setitem__(0, r['scores'][0] * (1 + 1e-9))), 'a 32-bit number'),
-    'a score that changes ranks': (lambda f: change(run_file(f), lambda r: r['scores'].__setitem__(0, 1e6)), 'metrics.auroc'),
-    'a score that is no number': (lambda f: change(run_file(f), put('scores.0', float('nan'))), 'NaN'),
-    'a label': (lambda f: change(run_file(f), lambda r: r['labels'].__setitem__(0, 1)), 'good and defective labels'),
-    'a missing score': (lambda f: change(run_file(f), lambda r: r['scores'].pop()), 'record'),
-    'a metric': (lambda f: change(run_file(f), put('metrics.auroc', 0.99)), 'metrics.auroc'),
-    'a limit of an interval': (lambda f: change(run_file(f), put('metrics.auroc_low', 0.9)), 'metrics.auroc_low'),
-    'a pixel metric out of range': (lambda f: change(run_file(f), put('metrics.aupro', 1.5)), 'metrics.aupro'),
-    'a setting': (lambda f: change(run_file(f), put('config.epochs', 7)), 'name of the file'),
-    'a setting that there is not': (lambda f: change(run_file(f), put('config.epoch', 7)), 'no such setting'),
-    'a seed': (lambda f: change(run_file(f), put('seed', 7)), 'name of the file'),
-    'a profile': (lambda f: change(run_file(f), put('profile', 'official')), 'profile'),
-    'a fingerprint of data': (lambda f: change(run_file(f), put('data.fingerprint', '0' * 16)), 'data.fingerprint'),
-    'a fingerprint of textures': (lambda f: change(run_file(f), put('textures.fingerprint', '0' * 16)), 'textures.fingerprint'),
-    'a hash of weights': (lambda f: change(run_file(f), put('extractor.sha256', '0' * 64)), 'extractor.sha256'),
-    'a missing version': (lambda f: change(run_file(f), put('versions.torch', None)), 'versions.torch'),
-    'a schema': (lambda f: change(run_file(f), put('schema', 99)), 'schema'),
-    'a shortened history': (lambda f: change(run_file(f), lambda r: r['training']['history'].pop()), 'training.epochs'),
-    'a renamed file': (lambda f: run_file(f).rename(run_file(f).with_name('better.json')), 'name of the file'),
-    'a truncated file': (lambda f: run_file(f).write_text(run_file(f).read_text()[:5000]), 'JSONDecodeError'),
+    'a score that changes no rank': (in_run(scale_first_score), 'a 32-bit number'),
+    'a score that changes ranks': (in_run(put('scores.0', 1e6)), 'metrics.auroc'),
+    'a score that is no number': (in_run(put('scores.0', float('nan'))), 'NaN'),
+    'a label': (in_run(put('labels.0', 1)), 'good and defective labels'),
+    'a missing score': (in_run(lambda r: r['scores'].pop()), 'record'),
+    'a metric': (in_run(put('metrics.auroc', 0.99)), 'metrics.auroc'),
+    'a limit of an interval': (in_run(put('metrics.auroc_low', 0.9)), 'metrics.auroc_low'),
+    'a pixel metric out of range': (in_run(put('metrics.aupro', 1.5)), 'metrics.aupro'),
+    'a setting': (in_run(put('config.epochs', 7)), 'name of the file'),
+    'a setting that there is not': (in_run(put('config.epoch', 7)), 'no such setting'),
+    'a seed': (in_run(put('seed', 7)), 'name of the file'),
+    'a profile': (in_run(put('profile', 'official')), 'profile'),
+    'a fingerprint of data': (in_run(put('data.fingerprint', '0' * 16)), 'data.fingerprint'),
+    'a fingerprint of textures': (
+        in_run(put('textures.fingerprint', '0' * 16)),
+        'textures.fingerprint'),
+    'a hash of weights': (in_run(put('extractor.sha256', '0' * 64)), 'extractor.sha256'),
+    'a missing version': (in_run(put('versions.torch', None)), 'versions.torch'),
+    'a schema': (in_run(put('schema', 99)), 'schema'),
+    'a shortened history': (
+        in_run(lambda r: r['training']['history'].pop()),
+        'training.epochs'),
+    'a renamed file': (rename, 'name of the file'),
+    'a truncated file': (truncate, 'JSONDecodeError'),
     'a list instead of a record': (lambda f: run_file(f).write_text('[]'), 'record'),
-    'a copy under another name': (lambda f: copy_as(run_file(f), 'copy.json'), 'the same run again'),
-    'a copy with another key': (lambda f: copy_as(run_file(f), 'cse-copy.json', key='cse-copy'), 'the same run again'),
+    'a copy under another name': (
+        lambda f: copy_as(run_file(f), 'copy.json'),
+        'the same run again'),
+    'a copy with another key': (
+        lambda f: copy_as(run_file(f), 'cse-copy.json', key='cse-copy'),
+        'the same run again'),
     'a missing record': (lambda f: run_file(f).unlink(), 'cse on fabric02 with seed 0'),
-    'a cell of a CSV': (rewrite('tables/table4*.csv', 'CSE,fabric02,,91.', 'CSE,fabric02,,97.'), 'CSE,fabric02'),
-    'a cell in Markdown': (rewrite('tables/table4*.md', '91.1 ±', '97.1 ±'), 'table4-surfaces-paper.md: line'),
-    'a line of a caption': (rewrite('tables/table4*.md', '**not MVTec AD**', 'MVTec AD'), 'table4-surfaces-paper.md: line 1:'),
-    'a cell shown in a notebook': (rewrite('notebooks/table4*.ipynb', '91.1 ±', '97.1 ±'), 'table shown'),
-    'a missing table': (lambda f: (f / 'tables/table4-surfaces-paper.csv').unlink(), 'the table that its notebook makes'),
-    'a table without source': (lambda f: shutil.copy(f / 'tables/table4-surfaces-paper.csv', f / 'tables/table4-elsewhere-paper.csv'), 'an executed notebook'),
-    'parameters of a notebook': (rewrite('notebooks/table4*.ipynb', 'seeds = 3', 'seeds = 2'), 'table4-surfaces-paper.csv'),
+    'a cell of a CSV': (
+        rewrite('tables/table4*.csv', 'CSE,fabric02,,91.', 'CSE,fabric02,,97.'),
+        'CSE,fabric02'),
+    'a cell in Markdown': (
+        rewrite('tables/table4*.md', '91.1 ±', '97.1 ±'),
+        'table4-surfaces-paper.md: line'),
+    'a line of a caption': (
+        rewrite('tables/table4*.md', '**not MVTec AD**', 'MVTec AD'),
+        'table4-surfaces-paper.md: line 1:'),
+    'a cell shown in a notebook': (
+        rewrite('notebooks/table4*.ipynb', '91.1 ±', '97.1 ±'),
+        'table shown'),
+    'a missing table': (
+        lambda f: (f / 'tables/table4-surfaces-paper.csv').unlink(),
+        'the table that its notebook makes'),
+    'a table without source': (copy_csv, 'an executed notebook'),
+    'parameters of a notebook': (
+        rewrite('notebooks/table4*.ipynb', 'seeds = 3', 'seeds = 2'),
+        'table4-surfaces-paper.csv'),
 }
 PLANTED_TIMINGS = {
-    'a time': (lambda f: change(timing_file(f), put('timing.model_ms.0', 1e6)), 'metrics.latency'),
-    'a latency': (lambda f: change(timing_file(f), put('metrics.latency_ms', 1.0)), 'metrics.latency_ms'),
-    'a machine': (lambda f: change(timing_file(f), put('device', 'RTX 3090 Ti')), 'name of the file'),
-    'a copied timing': (lambda f: copy_as(timing_file(f), 'speed-copy.json', key='speed-copy'), 'the same run again'),
+    'a time': (in_timing(put('timing.model_ms.0', 1e6)), 'metrics.latency'),
+    'a latency': (in_timing(put('metrics.latency_ms', 1.0)), 'metrics.latency_ms'),
+    'a machine': (in_timing(put('device', 'RTX 3090 Ti')), 'name of the file'),
+    'a copied timing': (
+        lambda f: copy_as(timing_file(f), 'speed-copy.json', key='speed-copy'),
+        'the same run again'),
     'a missing timing': (lambda f: timing_file(f).unlink(), 'fused'),
 }
 PLANTED_PAIRS = {
-    'a side of a pair': (rewrite('tables/table6*.csv', 'batchnorm,fabric02,0,0.', 'batchnorm,fabric02,0,0.9'), 'fabric02,0,0.99'),
+    'a side of a pair': (
+        rewrite('tables/table6*.csv', 'batchnorm,fabric02,0,0.', 'batchnorm,fabric02,0,0.9'),
+        'fabric02,0,0.99'),
     'a difference': (rewrite('tables/table6*.md', 'largest | -', 'largest | +'), 'largest | +'),
-    'a difference shown in a notebook': (rewrite('notebooks/table6*.ipynb', 'BGR | +0', 'BGR | +7'), 'BGR | +7'),
+    'a difference shown in a notebook': (
+        rewrite('notebooks/table6*.ipynb', 'BGR | +0', 'BGR | +7'),
+        'BGR | +7'),
     'the commit of a caption': (rewrite('tables/table6*.md', 'Code: ', 'Code: 0'), 'Code: 0'),
-    'a missing side': (lambda f: next(p for p in (f / 'records').glob('*wood*') if json.loads(p.read_text())['config']['prototype'] == 'nearest').unlink(), 'prototype: cse on wood'),
+    'a missing side': (lambda f: a_side(f).unlink(), 'prototype: cse on wood'),
 }
 
 
-@pytest.mark.parametrize('table, records, metrics', [(3, 10, 10 * 8), (4, 24, 24 * 3), (6, 180, 180 * 3)])
+@pytest.mark.parametrize('table, records, metrics', [
+    (3, 10, 10 * 8), (4, 24, 24 * 3), (6, 180, 180 * 3)])
 def test_results_that_fit_have_no_findings(tmp_path, table, records, metrics):
     report = audit(copy_table(table, tmp_path))
     assert report.ok, report
-    assert report.counts['records'] == records and report.counts['metrics recomputed'] == metrics and report.counts['files of tables rebuilt'] == 2
+    assert report.counts['records'] == records
+    assert report.counts['metrics recomputed'] == metrics
+    assert report.counts['files of tables rebuilt'] == 2
 
 
-@pytest.mark.parametrize('table, plant, words', [pytest.param(table, *planted, id=name) for table, some in ((4, PLANTED), (3, PLANTED_TIMINGS)) for name, planted in some.items()])
+CASES = [
+    pytest.param(table, *planted, id=name)
+    for table, some in ((4, PLANTED), (3, PLANTED_TIMINGS))
+    for name, planted in some.items()]
+
+
+@pytest.mark.parametrize('table, plant, words', CASES)
 def test_planted_errors_are_found(tmp_path, table, plant, words):
     plant(copy_table(table, tmp_path))
     report = audit(tmp_path)
@@ -158,25 +254,40 @@ def test_weights_from_a_file_are_identified_by_their_hash():
 
 
 def test_images_of_a_published_data_set_are_found_by_that_name():
-    records = [json.loads(p.read_text()) for p in (RESULTS / 'records').glob('c*-surfaces-*-paper-*.json')]
-    stated = stated_parameters(RESULTS / 'notebooks' / f'{NOTEBOOKS[4]}.ipynb')
-    renamed = [r | {'data': r['data'] | dict(name='MVTec AD', published='MVTec AD')} for r in records]
-    assert len(select(records, 4, stated)[0]) == len(select(renamed, 4, stated | dict(data='mvtec_ad'))[0]) == 24
-    assert len(select(records + renamed, 4, stated)[0]) == 24 and select(records, 4, stated | dict(data='elsewhere'))[0] == []
+    records = load('c*-surfaces-*-paper-*.json')
+    mvtec = renamed(records, 'MVTec AD')
+    given = stated(4)
+    assert len(select(records, 4, given)[0]) == 24
+    assert len(select(mvtec, 4, given | dict(data='mvtec_ad'))[0]) == 24
+    assert len(select(records + mvtec, 4, given)[0]) == 24
+    assert select(records, 4, given | dict(data='elsewhere'))[0] == []
 
 
-def test_pairs_are_those_of_the_notebook():
-    "In its order of surfaces and seeds, complete or named, and found by the name of a published data set too."
-    records = [json.loads(p.read_text()) for p in (RESULTS / 'records').glob('cse-surfaces-*-smoke-*.json')]
-    stated = stated_parameters(RESULTS / 'notebooks' / f'{NOTEBOOKS[6]}.ipynb') | dict(rows='prototype')
-    pairs, missing = select_pairs(records, stated | dict(categories='wood,fabric02', seeds='[1, 0]'))
-    assert not missing and all([(r['category'], r['seed']) for r in side] == [('wood', 1), ('wood', 0), ('fabric02', 1), ('fabric02', 0)] for side in pairs['prototype'])
-    assert [{r['config']['prototype'] for r in side} for side in pairs['prototype']] == [{'centre'}, {'nearest'}]
-    pairs, missing = select_pairs([r for r in records if (r['category'], r['config']['prototype']) != ('wood', 'nearest')], stated)
-    assert pairs == {} and missing == [f'prototype: cse on wood with seed {seed}' for seed in range(3)]
-    renamed = [r | {'data': r['data'] | dict(name='MVTec AD', published='MVTec AD')} for r in records]
-    assert [len(side) for side in select_pairs(renamed, stated | dict(data='mvtec_ad'))[0]['prototype']] == [12, 12]
-    assert select_pairs([], stated) == ({}, [])
+def test_pairs_are_in_the_order_of_the_notebook():
+    records = load('cse-surfaces-*-smoke-*.json')
+    given = stated(6) | dict(rows='prototype', categories='wood,fabric02', seeds='[1, 0]')
+    pairs, missing = select_pairs(records, given)
+    assert not missing
+    for side, prototype in zip(pairs['prototype'], ('centre', 'nearest'), strict=True):
+        assert [(r['category'], r['seed']) for r in side] == \
+            [('wood', 1), ('wood', 0), ('fabric02', 1), ('fabric02', 0)]
+        assert {r['config']['prototype'] for r in side} == {prototype}
+
+
+def test_incomplete_pairs_are_named():
+    records = load('cse-surfaces-*-smoke-*.json')
+    lost = ('wood', 'nearest')
+    kept = [r for r in records if (r['category'], r['config']['prototype']) != lost]
+    pairs, missing = select_pairs(kept, stated(6) | dict(rows='prototype'))
+    assert pairs == {}
+    assert missing == [f'prototype: cse on wood with seed {seed}' for seed in range(3)]
+    assert select_pairs([], stated(6) | dict(rows='prototype')) == ({}, [])
+
+
+def test_pairs_of_a_published_data_set_are_found_by_that_name():
+    records = renamed(load('cse-surfaces-*-smoke-*.json'), 'MVTec AD')
+    pairs, _ = select_pairs(records, stated(6) | dict(rows='prototype', data='mvtec_ad'))
+    assert [len(side) for side in pairs['prototype']] == [12, 12]
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from cse import CSE
 from cse.config import Config, ConfigError
 from cse.data.files import check_writable
 from cse.lab.runs import grid, load_records, run
-from cse.lab.tables import comparison
+from cse.lab.comparison import comparison
 from cse.training import Progress, TrainingError
 
 KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 2))

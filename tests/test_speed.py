@@ -12,7 +12,9 @@ from cse.config import ConfigError
 from cse.data.images import DataError
 from cse.lab.runs import GridError, load_records, read_parameters
 from cse.extractor import WeightsError
-from cse.lab.tables import ReportError, caption, check_records, publish
+from cse.lab.comparison import check_records
+from cse.lab.published import ReportError
+from cse.lab.tables import caption, publish
 from cse.lab.latency import TIMED, choose, run_speed, summary, timed_image, times
 
 ROOT = Path(__file__).parent.parent

@@ -16,20 +16,36 @@ TABLE1 = TABLES / 'table1_mvtec.ipynb'
 
 
 def execute(notebook, out, **parameters):
-    return papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False)
+    return papermill.execute_notebook(
+        str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False
+    )
 
 
 def texts(notebook):
-    return '\n'.join(str(o.get('text', '')) + str(o.get('data', {})) for c in notebook.cells if c.cell_type == 'code' for o in c.outputs)
+    return '\n'.join(
+        str(o.get('text', '')) + str(o.get('data', {}))
+        for c in notebook.cells
+        if c.cell_type == 'code'
+        for o in c.outputs
+    )
 
 
 def test_table1_from_a_folder(surface, textures, tmp_path):
     results = tmp_path / 'results'
-    parameters = dict(data=str(surface), textures=str(textures), categories='["gravel"]', settings={'epochs': 2}, seeds='2', results=str(results))
+    parameters = dict(
+        data=str(surface), textures=str(textures),
+        categories='["gravel"]', settings={'epochs': 2},
+        seeds='2', results=str(results)
+    )
     shown = texts(execute(TABLE1, tmp_path / 'out.ipynb', **parameters))
     records = load_records(results)
     assert [r['seed'] for r in records] == [0, 1]
-    assert all(r['config']['epochs'] == 2 and r['data']['name'] == 'photographs' and r['data']['published'] is None for r in records)
+    assert all(
+        r['config']['epochs'] == 2
+        and r['data']['name'] == 'photographs'
+        and r['data']['published'] is None
+        for r in records
+    )
     mean = 100 * sum(r['metrics']['auroc'] for r in records) / 2
     assert f'{mean:.1f}' in shown
     for word in ('photographs', 'smoke', 'tf_efficientnet_lite0', 'not run', 'gravel', 'epochs'):
@@ -41,31 +57,51 @@ def test_table1_from_a_folder(surface, textures, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in (results / 'records').iterdir()}
     before = {p: p.read_bytes() for p in (results / 'tables').iterdir()}
     execute(TABLE1, tmp_path / 'out.ipynb', **parameters)
-    assert stamps == {p: p.stat().st_mtime_ns for p in (results / 'records').iterdir()}, 'a finished run was run again'
+    again = {p: p.stat().st_mtime_ns for p in (results / 'records').iterdir()}
+    assert stamps == again, 'a finished run was run again'
     assert before == {p: p.read_bytes() for p in (results / 'tables').iterdir()}
 
 
 def test_tables_4_and_5_share_the_runs_of_cse(surface, textures, tmp_path):
-    parameters = dict(data=str(surface), textures=str(textures), categories='', settings={'epochs': 1}, results=str(tmp_path / 'results'))
-    shown = texts(execute(TABLES / 'table4_classifier.ipynb', tmp_path / 'out.ipynb', **parameters))
+    parameters = dict(
+        data=str(surface), textures=str(textures),
+        categories='', settings={'epochs': 1},
+        results=str(tmp_path / 'results')
+    )
+    shown = texts(
+        execute(TABLES / 'table4_classifier.ipynb', tmp_path / 'out.ipynb', **parameters)
+    )
     assert 'Classifier' in shown and '[2/2] cse gravel seed 0: AUROC' in shown
     shown = texts(execute(TABLES / 'table5_decoder.ipynb', tmp_path / 'out.ipynb', **parameters))
     assert '[4/4] cse/random gravel seed 0' in shown and 'on record' in shown
     records = load_records(tmp_path / 'results')
     assert sorted((r['method'], r['config']['decoder']) for r in records) == \
-        [('classifier', 'random')] + [('cse', mode) for mode in ('joint', 'none', 'pretrained', 'random')]
+        [('classifier', 'random'), ('cse', 'joint'), ('cse', 'none'),
+         ('cse', 'pretrained'), ('cse', 'random')]
     for mode in ('no decoder', 'trained before', 'trained together', 'random'):
         assert mode in shown
-    assert 'not run' not in shown and {p.name[:6] for p in (tmp_path / 'results/tables').iterdir()} == {'table4', 'table5'}
+    written = (tmp_path / 'results/tables').iterdir()
+    assert 'not run' not in shown and {p.name[:6] for p in written} == {'table4', 'table5'}
 
 
 def test_table2_takes_a_release_of_tilda(textures, tmp_path):
     from test_tilda import write_release
     release = write_release(tmp_path / 'TILDA', 'C2R2', count=5, size=(96, 64))
-    records = run_table(2, str(release), str(textures), settings={'epochs': 1}, results=str(tmp_path / 'results'))
-    assert [(r['category'], r['data']['train'], r['data']['test_good'], r['data']['test_defective']) for r in records] == [('tilda3', 4, 1, 35)]
-    assert records[0]['images'][0].startswith('test/good/c2r2e0n') and records[0]['images'][1] == 'test/E1/c2r2e1n1.tif'
-    again = run_table(2, str(release), str(textures), settings={'epochs': 1, 'tilda_split_seed': 1}, results=str(tmp_path / 'results'))
+    records = run_table(
+        2, str(release), str(textures), settings={'epochs': 1}, results=str(tmp_path / 'results')
+    )
+    assert [r['category'] for r in records] == ['tilda3']
+    data = records[0]['data']
+    assert (data['train'], data['test_good'], data['test_defective']) == (4, 1, 35)
+    good, defective, *_ = records[0]['images']
+    assert good.startswith('test/good/c2r2e0n') and defective == 'test/E1/c2r2e1n1.tif'
+    again = run_table(
+        2,
+        str(release),
+        str(textures),
+        settings={'epochs': 1, 'tilda_split_seed': 1},
+        results=str(tmp_path / 'results')
+    )
     assert again[0]['key'] != records[0]['key'], 'another split is another run'
 
 
@@ -76,25 +112,34 @@ def test_built_in_textiles_are_no_surfaces_of_table_1():
     assert resolve_data(None, ['wood'])[1] != resolve_data(None, ['textile1'])[1]
 
 
-@pytest.mark.parametrize('name, message', [('classifier/none', 'only cse has decoder modes'), ('cse/frozen', 'decoder='), ('cse/', 'decoder='),
-                                           ('patchwork', "'classifier'"), ('cse/random', 'expected each once')])
-def test_columns_that_do_not_exist_are_refused_before_any_run(surface, tiny, tmp_path, name, message):
+@pytest.mark.parametrize('name, message', [
+    ('classifier/none', 'only cse has decoder modes'),
+    ('cse/frozen', 'decoder='),
+    ('cse/', 'decoder='),
+    ('patchwork', "'classifier'"),
+    ('cse/random', 'expected each once')])
+def test_unknown_columns_are_refused_before_any_run(surface, tiny, tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         grid(tiny, surface, ['gravel'], ['cse', name], results=tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('table, parameters, message', [
-    (1, dict(methods='cse/none'), 'columns of Table 5'), (5, dict(methods='cse/none', settings={'decoder': 'joint'}), 'expected it in one place'),
-    (1, dict(categories='wood,textile1'), 'not both in one table'), (1, dict(settings='[1]'), 'expected JSON')])
-def test_parameters_that_contradict_each_other_are_refused_before_any_run(tmp_path, table, parameters, message):
-    with pytest.raises(ValueError, match=message): run_table(table, results=str(tmp_path / 'results'), **parameters)
+    (1, dict(methods='cse/none'), 'columns of Table 5'),
+    (5, dict(methods='cse/none', settings={'decoder': 'joint'}), 'expected it in one place'),
+    (1, dict(categories='wood,textile1'), 'not both in one table'),
+    (1, dict(settings='[1]'), 'expected JSON')])
+def test_contradicting_parameters_are_refused_before_any_run(
+        tmp_path, table, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        run_table(table, results=str(tmp_path / 'results'), **parameters)
     assert not (tmp_path / 'results').exists()
 
 
 @pytest.mark.parametrize('notebook', sorted(TABLES.glob('*.ipynb')), ids=lambda p: p.stem)
 def test_unknown_parameters_are_refused(tmp_path, notebook):
-    with pytest.raises(papermill.PapermillExecutionError, match='epochs=3: no parameter of this notebook'):
+    message = 'epochs=3: no parameter of this notebook'
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
         execute(notebook, tmp_path / 'out.ipynb', epochs=3)
 
 
@@ -102,17 +147,22 @@ def test_parameters_files_are_known_to_the_notebooks():
     import inspect
     known = set(inspect.signature(run_table).parameters)
     for path in (ROOT / 'params').glob('*.yml'):
-        names = {line.split(':')[0] for line in path.read_text().splitlines() if line and not line.startswith('#')}
+        names = {
+            line.split(':')[0]
+            for line in path.read_text().splitlines()
+            if line and not line.startswith('#')
+        }
         assert names <= known
 
 
-def test_a_failing_run_does_not_take_the_others_with_it(own_surface, textures, tmp_path, tiny, capsys):
+def test_the_other_runs_go_on_when_one_fails(own_surface, textures, tmp_path, tiny, capsys):
     from conftest import write_category
     write_category(own_surface, 'brick')
     (own_surface / 'brick/test/bar/00.png').write_bytes(b'broken')
     with pytest.raises(GridError, match=r'1 of 2 runs failed(.|\n)*brick(.|\n)*00\.png'):
         grid(tiny, own_surface, ['brick', 'gravel'], textures=textures, results=tmp_path)
-    assert 'failed, DataError' in (told := capsys.readouterr()).out and 'Traceback' not in told.err
+    told = capsys.readouterr()
+    assert 'failed, DataError' in told.out and 'Traceback' not in told.err
     assert [r['category'] for r in load_records(tmp_path)] == ['gravel']
 
 
@@ -124,11 +174,22 @@ def test_force_runs_again(surface, textures, tmp_path, tiny):
     assert len(load_records(tmp_path)) == 1
 
 
-def test_a_run_killed_while_it_writes_leaves_nothing_half_written(surface, textures, tmp_path, tiny):
-    "Killed in the worst moment: the record is written, but not yet in its place."
-    code = ('import os, signal\nfrom cse.lab.runs import run\nfrom cse import Config\nreal = os.replace\n'
-            'os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if "records" in str(b) else real(a, b)\n'
-            f'run(Config.smoke(epochs=2), {str(surface)!r}, "gravel", textures={str(textures)!r}, results={str(tmp_path)!r})')
+def test_a_run_killed_while_it_writes_leaves_no_record(surface, textures, tmp_path, tiny):
+    "The process is killed when the record is written, but not yet in its place."
+    code = f"""
+import os, signal
+from cse import Config
+from cse.lab.runs import run
+replace = os.replace
+
+def replace_or_die(a, b):
+    if "records" in str(b): os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+
+os.replace = replace_or_die
+run(Config.smoke(epochs=2), {str(surface)!r}, "gravel",
+    textures={str(textures)!r}, results={str(tmp_path)!r})
+"""
     killed = subprocess.run([sys.executable, '-c', code], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert load_records(tmp_path) == [] and list(tmp_path.rglob('*.json')) == []
@@ -145,10 +206,17 @@ def test_a_weights_file_is_recorded_by_name_and_hash(surface, textures, tmp_path
     save_file(timm.create_model('resnet18').state_dict(), path)
     config = Config.smoke(epochs=1, extractor='resnet18', weights=str(path))
     record = run(config, surface, 'gravel', textures=textures, results=tmp_path / 'results')
-    assert record['config']['weights'] == record['extractor']['tag'] == 'some.safetensors' and len(record['extractor']['sha256']) == 64
+    assert record['config']['weights'] == record['extractor']['tag'] == 'some.safetensors'
+    assert len(record['extractor']['sha256']) == 64
     assert str(tmp_path) not in json.dumps(record)
     path.rename(tmp_path / 'some.safetensors')
-    moved = run(config.replace(weights=str(tmp_path / 'some.safetensors')), surface, 'gravel', textures=textures, results=tmp_path / 'results')
+    moved = run(
+        config.replace(weights=str(tmp_path / 'some.safetensors')),
+        surface,
+        'gravel',
+        textures=textures,
+        results=tmp_path / 'results'
+    )
     assert moved == record, 'the same weights in another place are the same run'
 
 
@@ -159,12 +227,21 @@ def test_record_is_complete(surface, textures, tmp_path, tiny):
     assert path.stem == record['key'] and 'gravel' in path.stem and 'seed3' in path.stem
     assert len(record['scores']) == len(record['labels']) == len(record['images']) == 6
     assert record['labels'] == [0, 0, 0, 1, 1, 1] and record['images'][0] == 'test/good/06.png'
-    assert record['data'] == dict(name='photographs', published=None, fingerprint=record['data']['fingerprint'], train=6, test_good=3, test_defective=3)
+    assert record['data'] == dict(
+        name='photographs',
+        published=None,
+        fingerprint=record['data']['fingerprint'],
+        train=6,
+        test_good=3,
+        test_defective=3
+    )
     assert len(record['extractor']['sha256']) == 64 and record['extractor']['tag'] == 'packaged'
-    assert 0 <= record['metrics']['auroc_low'] <= record['metrics']['auroc'] <= record['metrics']['auroc_high'] <= 1
+    metrics = record['metrics']
+    assert 0 <= metrics['auroc_low'] <= metrics['auroc'] <= metrics['auroc_high'] <= 1
     assert record['metrics']['pixel_auroc'] is not None and record['metrics']['aupro'] is not None
     assert len(record['training']['history']) == 2
-    assert {'read', 'extractor', 'defects', 'embedder', 'fit', 'score', 'total'} <= record['seconds'].keys()
+    parts = {'read', 'extractor', 'defects', 'embedder', 'fit', 'score', 'total'}
+    assert parts <= record['seconds'].keys()
     assert record['peak_memory_mb'] > 100 and record['versions']['torch']
     for trace in (str(tmp_path), str(surface)):
         assert trace not in path.read_text()
