@@ -8,7 +8,7 @@ import pytest
 from cse.lab.audit import audit, check_record, identity, select, select_pairs, stated_parameters, table_notebooks
 
 RESULTS = Path(__file__).parent.parent / 'results'
-NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke', 6: 'table6_disagreements-surfaces-smoke'}
+NOTEBOOKS = {4: 'table4_classifier-surfaces-paper', 3: 'table3_speed-built-in-smoke', 6: 'table6_text_against_code-surfaces-smoke'}
 
 
 def copy_table(table, tmp_path):

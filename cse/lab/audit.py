@@ -18,7 +18,7 @@ from ..data.builtin import SURFACES, TEXTILES
 from .runs import BUILTIN, BUILTIN_TEXTILES, RECORD_SCHEMA, as_list, as_methods, as_seeds, as_settings, record_name, run_key, variant
 from ..metrics import auroc, auroc_interval
 from .tables import PUBLISHED, ReportError, publish
-from .text_against_code import ROWS, pairs_frame, publish_disagreements, sides
+from .text_against_code import ROWS, pairs_frame, publish_text_against_code, sides
 
 # %% ../../nbs/lab/07_audit.ipynb #4a1a2d2a
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _check_notebook(notebook, table, records, folder):
     except (KeyError, ValueError, SyntaxError) as e: return [('parameters', 'those of a table notebook', f'{type(e).__name__}: {e}')]
     found = [('record', run, 'none') for run in missing]
     if not chosen: return found
-    try: text = publish_disagreements(pairs_frame(chosen), folder) if table == 6 else publish(chosen, table, folder)
+    try: text = publish_text_against_code(pairs_frame(chosen), folder) if table == 6 else publish(chosen, table, folder)
     except ReportError as e: return [*found, ('records', 'some that fit into one table', e)]
     shown = [''.join(o['data']['text/markdown']) for c in json.loads(notebook.read_text())['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
     return found + [(f'table shown, {f.what}', f.expected, f.found) for f in compare_lines('', text, shown[-1] if shown else '')]

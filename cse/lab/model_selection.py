@@ -23,7 +23,7 @@ from ..detector import CSE
 from ..metrics import auroc
 from .runs import as_list, as_methods, as_seeds, as_settings, default_categories, grid, identify, record_name
 from .tables import Markdown, markdown, write_files
-from .text_against_code import spread_frame
+from .seed_variance import spread_frame
 
 # %% ../../nbs/lab/11_model_selection.ipynb #295ef15c
 def _spots(u, size):
