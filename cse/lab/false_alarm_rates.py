@@ -23,18 +23,29 @@ from .tables import Markdown, markdown, write_files
 def _calibrated(config, textures, seed, images, held_out):
     "A fitted detector whose calibration has the held-out images."
     detector = CSE(config, textures or None, seed)
-    return detector.fit(images, progress=False, held_out=held_out)
+    return detector.fit(
+        images,
+        progress=False,
+        held_out=held_out)
 
 # %% ../../nbs/lab/10_false_alarm_rates.ipynb #f2b94a06
 def _rates(calibration, scores, good, alpha):
     "Share of good images flagged, its range, and share of defects found."
+    about = dict(
+        calibration=len(calibration),
+        good=int(good.sum()),
+        alpha=alpha)
+    unknown = ('flagged', 'low', 'high', 'detected')
     try:
         flagged = calibration.flags(scores, alpha)
-        low, high = calibration.false_positive_range(alpha, int(good.sum()))
+        low, high = calibration.false_positive_range(
+            alpha, about['good'])
     except CalibrationError: # too few images for so small a rate
-        return dict.fromkeys(('flagged', 'low', 'high', 'detected'), np.nan)
-    return dict(
-        flagged=flagged[good].mean(), low=low, high=high,
+        return about | dict.fromkeys(unknown, np.nan)
+    return about | dict(
+        flagged=flagged[good].mean(),
+        low=low,
+        high=high,
         detected=flagged[~good].mean())
 
 def _as_alphas(alphas):
@@ -47,35 +58,37 @@ def _as_alphas(alphas):
 
 # %% ../../nbs/lab/10_false_alarm_rates.ipynb #be7c847c
 def measure_false_alarms(
-    data: str = '', # Folder in MVTec layout; empty: built-in data
-    textures: str = '', # Folder of textures; empty: built-in ones
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
     profile: str = 'smoke', # A profile
-    settings: dict = None, # Other settings than the profile's
-    categories: list | str = '', # Categories; empty: all
-    seeds: int | list | str = 1, # Number of seeds, or a list
-    alphas: list | str = (0.05, 0.1, 0.2), # False-alarm rates asked for
-    held_out: float = 0.3, # Share of training images for calibration
-    results: str = '', # Table goes to its `tables`; empty: none is written
-    device: str = 'auto', # Where to compute
+    settings: dict = None, # Other settings
+    categories: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # How many
+    alphas: list | str = (0.05, 0.1, 0.2), # Rates
+    held_out: float = 0.3, # Share of images
+    results: str = '', # Empty: no file
+    device: str = 'auto', # auto, cpu, cuda
 ) -> pd.DataFrame: # One line for each category, seed and rate
     "Measure the false-alarm rate on good test images. Columns as in `_rates`."
     own = as_settings(settings)
     config = from_profile(profile, device=device, **own)
     rates = _as_alphas(alphas)
-    names = as_list(categories, 'categories') or default_categories(data)
+    names = as_list(categories, 'categories')
+    names = names or default_categories(data)
     root, source = resolve_data(data, names)
     lines = []
     for name, seed in itertools.product(names, as_seeds(seeds)):
         found = load_category(root, name, config)
-        detector = _calibrated(config, textures, seed, found.train, held_out)
-        scores = detector.score(Images(found.test, config).check()).image
+        detector = _calibrated(
+            config, textures, seed, found.train, held_out)
+        tested = Images(found.test, config).check()
+        scores = detector.score(tested).image
         good = found.labels == 0
-        about = dict(
-            category=name, seed=seed, good=int(good.sum()),
-            calibration=len(detector.calibration))
+        about = dict(category=name, seed=seed)
         for alpha in rates:
-            measured = _rates(detector.calibration, scores, good, alpha)
-            lines.append(about | dict(alpha=alpha) | measured)
+            measured = _rates(
+                detector.calibration, scores, good, alpha)
+            lines.append(about | measured)
     frame = pd.DataFrame(lines)
     if results: _write_rates(frame, results, source, profile, held_out)
     return frame
@@ -86,13 +99,15 @@ def _percent(share):
 
 def _cells(alpha, some):
     "One category and rate, over all seeds."
-    first, inside = some.iloc[0], some[some.flagged.notna()]
+    first = some.iloc[0]
+    inside = some[some.flagged.notna()]
     expected = within = '–'
     if len(inside):
         low, high = inside.low.iloc[0], inside.high.iloc[0]
         expected = f'{_percent(low)} to {_percent(high)}'
-        hits = inside.flagged.between(inside.low, inside.high).sum()
-        within = f'{hits} of {len(inside)}'
+        hits = inside.flagged.between(
+            inside.low, inside.high)
+        within = f'{hits.sum()} of {len(inside)}'
     return {
         'calibration images': str(int(first.calibration)),
         'good test images': str(int(first.good)),
@@ -103,7 +118,7 @@ def _cells(alpha, some):
         'defects found': _percent(some.detected.mean())}
 
 def false_alarms_table(
-    frame: pd.DataFrame, # What `measure_false_alarms` returns
+    frame: pd.DataFrame, # The measurements
 ) -> Markdown: # A table in Markdown
     "False-alarm rates asked for and measured."
     groups = frame.groupby(['category', 'alpha'], sort=False)
@@ -119,5 +134,6 @@ def _write_rates(frame, results, source, profile, held_out):
         f'Seeds: {len(set(frame.seed))}. '
         f'Held out for the calibration: {held_out:.0%} of the training images.')
     name = f'false-alarm-rates-{source.replace(" ", "-")}-{profile}'
-    text = f'{words}\n\n{false_alarms_table(frame)}\n'
+    table = false_alarms_table(frame)
+    text = f'{words}\n\n{table}\n'
     write_files(Path(results)/'tables'/name, text, frame)

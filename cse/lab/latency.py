@@ -42,7 +42,7 @@ class Scorer:
 
 # %% ../../nbs/lab/09_latency.ipynb #d08167c6
 def untrained(
-    config: Config, # Settings of extractor, model and score are used
+    config: Config, # Every setting
     seed: int = 0, # Seed of the weights and of the noise
 ) -> CSE: # A detector whose scores mean nothing
     "A detector for timing: as after `fit`, but without training."
@@ -67,7 +67,7 @@ def _prepare(config, extractor):
     return prepare
 
 def cse_as_trained(
-    config: Config, # Settings of extractor, model and score are used
+    config: Config, # Every setting
     seed: int, # Seed of the embedder
 ) -> Scorer:
     "CSE in eager PyTorch, with batch normalisation in place."
@@ -82,7 +82,7 @@ def cse_as_trained(
     return Scorer(prepare, score, lambda: extractor.info, 'as trained')
 
 def cse_fused(
-    config: Config, # Settings of extractor, model, score and engine are used
+    config: Config, # Every setting
     seed: int, # Seed of the embedder
 ) -> Scorer:
     "CSE after `CSE.compile`."
@@ -94,7 +94,7 @@ def cse_fused(
 
 # %% ../../nbs/lab/09_latency.ipynb #27e9b5a0
 def bare_extractor(
-    config: Config, # Its extractor, weights and engine are used
+    config: Config, # Every setting
     form: str, # 'as trained', or 'fused' for a compiled one
 ) -> Scorer:
     "The extractor alone."
@@ -190,8 +190,8 @@ def measure(
     config: Config, # Every setting
     file: str, # The image
     seed: int = 0, # Seed of random weights
-    repeats: int = 50, # Calls that are counted, at most
-    warmup: int = 5, # Calls before, not counted
+    repeats: int = 50, # Counted calls
+    warmup: int = 5, # Calls before them
 ) -> dict: # Times in ms, score, memory in MB, extractor, form
     "Time a method in this process."
     start = time.perf_counter()
@@ -206,8 +206,12 @@ def measure(
         found = _watch(calls, repeats, warmup, image.device)
         score = scorer.score(image)
     return found | dict(
-        score=score, memory_mb=peak_memory(), extractor=scorer.info(),
-        form=scorer.form, size=list(image.shape[2:]), build=built)
+        score=score,
+        memory_mb=peak_memory(),
+        extractor=scorer.info(),
+        form=scorer.form,
+        size=list(image.shape[2:]),
+        build=built)
 
 # %% ../../nbs/lab/09_latency.ipynb #6a75e37a
 class SpeedError(RuntimeError):
@@ -237,8 +241,10 @@ def measure_apart(
     asked = dict(method=method, config=config.to_dict(), threads=threads)
     code = 'from cse.lab.latency import _worker; _worker()'
     done = subprocess.run(
-        [sys.executable, '-c', code], input=json.dumps(asked | kw),
-        capture_output=True, text=True,
+        [sys.executable, '-c', code],
+        input=json.dumps(asked | kw),
+        capture_output=True,
+        text=True,
         env=os.environ | {'OMP_NUM_THREADS': str(threads)})
     if done.returncode:
         print(done.stderr, file=sys.stderr)
@@ -278,9 +284,12 @@ def _described(image):
     "What a record says of the data and of the textures."
     file, name, _ = image
     data = dict(
-        name=name, published=None,
+        name=name,
+        published=None,
         fingerprint=files_fingerprint([file], Path(file).parent),
-        train=0, test_good=0, test_defective=0)
+        train=0,
+        test_good=0,
+        test_defective=0)
     textures = dict(name='none', fingerprint='none', images=None)
     return dict(data=data, textures=textures)
 
@@ -300,7 +309,8 @@ def _timing(found, file, timing):
     height, width = read_image(file).shape[1:]
     model, whole = found['times']['model'], found['times']['file']
     return timing | dict(
-        image=[width, height], input=found['size'][::-1],
+        image=[width, height],
+        input=found['size'][::-1],
         model_ms=np.round(model, 4).tolist(),
         file_ms=np.round(whole, 4).tolist())
 
@@ -317,12 +327,20 @@ def _timing_record(key, method, config, image, seed, found):
     model, whole = found['times']['model'], found['times']['file']
     gpu = dict(gpu_memory_mb=found['gpu_memory_mb'])
     return dict(
-        schema=RECORD_SCHEMA, key=key, table=3,
-        method=method.split('/')[0], form=found['form'],
-        category=category, profile=config.profile,
-        config=config.to_dict(), seed=seed, **_described(image),
-        extractor=found['extractor'], images=[Path(file).name],
-        labels=[], scores=[found['score']],
+        schema=RECORD_SCHEMA,
+        key=key,
+        table=3,
+        method=method.split('/')[0],
+        form=found['form'],
+        category=category,
+        profile=config.profile,
+        config=config.to_dict(),
+        seed=seed,
+        **_described(image),
+        extractor=found['extractor'],
+        images=[Path(file).name],
+        labels=[],
+        scores=[found['score']],
         metrics=summary(model) | summary(whole, 'file_') | gpu)
 
 def time_method(
@@ -331,9 +349,9 @@ def time_method(
     image: tuple, # What `timed_image` returns
     seed: int = 0, # Seed of random weights
     results: str | Path = 'results', # The record goes to its `records`
-    repeats: int = 50, # Calls that are counted, at most
-    warmup: int = 5, # Calls before, not counted
-    force: bool = False, # Measure again what is on record
+    repeats: int = 50, # Counted calls
+    warmup: int = 5, # Calls before them
+    force: bool = False, # Measure again
 ) -> dict: # The record
     """Time a method in a process of its own, or read its record (§4.3).
 
@@ -353,9 +371,11 @@ def time_method(
     total = time.perf_counter() - start
     seconds = dict(build=round(found['build'], 3), total=round(total, 3))
     return write_record(path, record | dict(
-        timing=_timing(found, file, timing), seconds=seconds,
+        timing=_timing(found, file, timing),
+        seconds=seconds,
         peak_memory_mb=round(found['memory_mb'], 1),
-        device=device, threads=threads))
+        device=device,
+        threads=threads))
 
 def _refuse_score(method, score):
     "A method whose score is not finite does not compute what it should."
@@ -366,7 +386,8 @@ def _refuse_score(method, score):
 def _speed_config(profile, extractor, weights, settings, device):
     "Settings of all measurements. Raises `ConfigError` for a hybrid score."
     usual = dict(
-        device=device, extractor=extractor or Config().extractor,
+        device=device,
+        extractor=extractor or Config().extractor,
         weights=weights or 'random')
     config = from_profile(profile, **usual | as_settings(settings))
     if not config.density_layers: return config
@@ -415,21 +436,21 @@ def _time_all(todo, config, image, results, **kw):
     return records
 
 def run_speed(
-    data: str = '', # Folder of categories or images; empty: built-in data
+    data: str = '', # Empty: built-in data
     textures: str = '', # No effect
     profile: str = 'smoke', # A profile
     extractor: str = '', # Empty: efficientnet_b3
     weights: str = '', # Empty: random
-    settings: dict = None, # Other settings than the profile's
-    categories: list | str = '', # The first gives the image
-    methods: list | str = '', # As for `choose`; empty: all
-    seeds: int | list | str = 1, # Processes a method, or a list of seeds
-    results: str = '', # Folder of results; empty: a temporary one
-    force: bool = False, # Measure again what is on record
-    device: str = 'auto', # Where to compute
-    scheduler: str = 'local', # No effect: times are taken here, one by one
-    repeats: int = 50, # Calls that are counted, at most
-    warmup: int = 5, # Calls before, not counted
+    settings: dict = None, # Other settings
+    categories: list | str = '', # One
+    methods: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # Processes
+    results: str = '', # Empty: temporary
+    force: bool = False, # Measure again
+    device: str = 'auto', # auto, cpu, cuda
+    scheduler: str = 'local', # No effect
+    repeats: int = 50, # Counted calls
+    warmup: int = 5, # Calls before them
 ) -> list: # Records
     "The measurements of Table 3 (§4.3). Raises `GridError` at the end if some failed."
     _check_counts(repeats=repeats, warmup=warmup)

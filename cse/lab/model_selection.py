@@ -22,7 +22,9 @@ from ..data.files import replacing
 from ..data.seeds import seeded, split
 from ..defects import DefectGenerator
 from ..training import pair_splits
-from ..extensions.hybrid import EmbeddingScores, JointHead, PatchGaussians
+from ..extensions.hybrid import EmbeddingScores
+from ..extensions.hybrid import JointHead
+from ..extensions.hybrid import PatchGaussians
 from ..detector import CSE
 from ..metrics import auroc
 from .runs import as_list, as_methods, as_seeds, as_settings
@@ -56,8 +58,8 @@ def _strips(u, size):
     return inside[:, None]
 
 def scars(
-    images: torch.Tensor, # N×3×S×S in [0, 1]
-    u: torch.Tensor, # N×8 numbers in [0, 1) that decide everything
+    images: torch.Tensor, # N×3×S×S, 0 to 1
+    u: torch.Tensor, # N×8 draws in [0, 1)
 ) -> torch.Tensor: # N×3×S×S
     """Paste a thin strip of the same image elsewhere (Li et al., 2021).
 
@@ -71,8 +73,8 @@ def scars(
 
 # %% ../../nbs/lab/11_model_selection.ipynb #b4c7d12e
 def stains(
-    images: torch.Tensor, # N×3×S×S in [0, 1]
-    u: torch.Tensor, # N×6 numbers in [0, 1) that decide everything
+    images: torch.Tensor, # N×3×S×S, 0 to 1
+    u: torch.Tensor, # N×6 draws in [0, 1)
 ) -> torch.Tensor: # N×3×S×S
     "Add smooth spots, ±0.1–0.5 at their centre, σ of 3–20 pixels at 224²."
     size = images.shape[-1]
@@ -86,7 +88,7 @@ def stains(
     return (images * (1 + change * spot)[:, None]).clamp(0, 1)
 
 def faint(
-    images: torch.Tensor, # N×3×S×S in [0, 1]
+    images: torch.Tensor, # N×3×S×S, 0 to 1
     generators: list, # N generators
     defects: DefectGenerator, # As in training
 ) -> torch.Tensor: # N×3×S×S
@@ -100,7 +102,7 @@ def faint(
 KINDS = ('scars', 'stains', 'faint')
 
 def evidence_defects(
-    images: torch.Tensor, # N×3×S×S in [0, 1]
+    images: torch.Tensor, # N×3×S×S, 0 to 1
     kind: str, # One of `KINDS`
     defects: DefectGenerator, # As in training
     seed: int = 0, # Seed of the run
@@ -109,8 +111,11 @@ def evidence_defects(
 
     Raises `ConfigError` for an unknown kind."""
     if kind not in KINDS:
-        raise ConfigError(f'kind={kind!r}: expected one of {", ".join(KINDS)}')
-    generators = [seeded(seed, 'evidence', kind, i) for i in range(len(images))]
+        expected = f'expected one of {", ".join(KINDS)}'
+        raise ConfigError(f'kind={kind!r}: {expected}')
+    generators = [
+        seeded(seed, 'evidence', kind, i)
+        for i in range(len(images))]
     if kind == 'faint': return faint(images, generators, defects)
     draws = [torch.rand(8, generator=g) for g in generators]
     u = torch.stack(draws).to(images)
@@ -151,13 +156,18 @@ def _features(detector, images):
 
 def _joint_heads(detector, features):
     "(layers, channels, share) → a fitted head, one after the other."
-    count, config, seed = len(features[0]), detector.config, detector.seed
-    seen, _, held_out, _ = pair_splits(count, config, seed)
+    config, seed = detector.config, detector.seed
+    count = len(features[0])
+    parts = pair_splits(count, config, seed)
+    seen, _, held_out, _ = parts
     embeddings = EmbeddingScores(detector.embedders, detector.banks)
-    device, place = detector.extractor.device, config.extracted.index
-    layers_channels = GRID['density_layers'], GRID['density_channels']
-    for layers, channels in itertools.product(*layers_channels):
-        places = [place(layer) for layer in layers]
+    device = detector.extractor.device
+    extracted = config.extracted
+    every = itertools.product(
+        GRID['density_layers'],
+        GRID['density_channels'])
+    for layers, channels in every:
+        places = [extracted.index(layer) for layer in layers]
         density = PatchGaussians(channels, seed=seed)
         maps = density.fit([features[i] for i in places], seen, held_out)
         for share in GRID['density_share']:
@@ -190,7 +200,10 @@ def candidate_scores(
     scores = {ALONE: embedded[:, 0]}
     for name, s in candidates().items():
         if name == ALONE: continue
-        key = s['density_layers'], s['density_channels'], s['density_share']
+        key = (
+            s['density_layers'],
+            s['density_channels'],
+            s['density_share'])
         part = standardised[:, :s['embedders']].mean(1)
         scores[name] = gaussians[key] + s['embedding_weight'] * part
     return {name: found.cpu().numpy() for name, found in scores.items()}
@@ -201,10 +214,14 @@ def _evidence_config(settings, device):
     own = as_settings(settings)
     for name in GRID.keys() & own.keys():
         raise ConfigError(
-            f'settings: {name}={own[name]!r} is what candidates differ in; '
+            f'settings: {name}={own[name]!r} '
+            'is what candidates differ in; '
             'expected other settings')
-    most = dict(density_layers=(2, 3, 4), embedders=max(GRID['embedders']))
-    return from_profile('smoke', **dict(device=device) | most | own)
+    most = dict(
+        device=device,
+        density_layers=(2, 3, 4),
+        embedders=max(GRID['embedders']))
+    return from_profile('smoke', **most | own)
 
 def _fitted(config, defects, seed, paths):
     "The detector whose parts all candidates use."
@@ -227,16 +244,24 @@ def _one_surface(paths, defects, config, name, seed):
         original, *defective = np.split(found, 1 + len(KINDS))
         for kind, copy in zip(KINDS, defective):
             value = auroc(labels, np.concatenate([original, copy]))
-            yield dict(category=name, seed=seed, candidate=candidate,
-                       kind=kind, auroc=value)
+            yield dict(
+                category=name,
+                seed=seed,
+                candidate=candidate,
+                kind=kind,
+                auroc=value)
 
 # %% ../../nbs/lab/11_model_selection.ipynb #c83ea764
 def _evidence_file(results, config, identified, name, seed):
     "Where the evidence of a surface and seed is kept."
     _, _, found, images, pasted, _ = identified
     decides = [
-        fingerprint(config), files_fingerprint(found.train, found.root),
-        pasted['fingerprint'], seed, list(candidates()), KINDS]
+        fingerprint(config),
+        files_fingerprint(found.train, found.root),
+        pasted['fingerprint'],
+        seed,
+        list(candidates()),
+        KINDS]
     words = f'{images["name"]}-{name}-seed{seed}'
     return Path(results)/'evidence'/f'{record_name(words, decides)}.csv'
 
@@ -244,27 +269,35 @@ def _kept(path, make):
     "Read the frame in a file, or make it and write the file."
     if path and path.exists():
         types = {'category': str}
-        return pd.read_csv(path, dtype=types, keep_default_na=False)
+        return pd.read_csv(
+            path,
+            dtype=types,
+            keep_default_na=False)
     frame = pd.DataFrame(make()).round(5)
     if path:
         with replacing(path) as file:
-            frame.to_csv(file, index=False, lineterminator='\n')
+            frame.to_csv(
+                file,
+                index=False,
+                lineterminator='\n')
     return frame
 
 def gather_evidence(
-    data: str = '', # Folder in MVTec layout; empty: built-in data
-    textures: str = '', # Folder of textures; empty: built-in ones
-    settings: dict = None, # Settings of all candidates beside `smoke`
-    categories: list | str = '', # Categories; empty: all
-    seeds: int | list | str = 1, # Number of seeds, or a list
-    results: str = '', # Kept in its `evidence`; empty: not kept
-    device: str = 'auto', # Where to compute
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
+    settings: dict = None, # Other settings
+    categories: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # How many
+    results: str = '', # Empty: not kept
+    device: str = 'auto', # auto, cpu, cuda
 ) -> pd.DataFrame: # category, seed, candidate, kind, auroc
     """AUROC of each candidate on synthetic defects. Test images take no part.
 
     Raises `ConfigError` or `DataError` before anything is trained."""
-    config, seeds = _evidence_config(settings, device), as_seeds(seeds)
-    names = as_list(categories, 'categories') or default_categories(data)
+    config = _evidence_config(settings, device)
+    seeds = as_seeds(seeds)
+    names = as_list(categories, 'categories')
+    names = names or default_categories(data)
     identified = {}
     for name in names:
         identified[name] = identify(
@@ -287,7 +320,7 @@ def _cost(settings):
     return settings['embedders'], layers, settings['density_channels']
 
 def select_model(
-    evidence: pd.DataFrame, # What `gather_evidence` returns
+    evidence: pd.DataFrame, # Of all surfaces
     without: str = '', # Surface to leave out; empty: none
     tolerance: float = 0.001, # Differences of mean AUROC that are ignored
 ) -> str: # Name of a candidate
@@ -314,7 +347,7 @@ def _means(evidence, by):
     return groups.auroc.mean().unstack(sort=False)
 
 def evidence_table(
-    evidence: pd.DataFrame, # What `gather_evidence` returns
+    evidence: pd.DataFrame, # Of all surfaces
     count: int = 8, # Best candidates that are shown
 ) -> Markdown: # A table in Markdown
     "The best candidates, the paper's score, and the mean of all others, in percent."
@@ -322,14 +355,17 @@ def evidence_table(
     table = pd.concat(parts, axis=1)
     candidate = evidence.groupby('candidate', sort=False)
     table['mean'] = candidate.auroc.mean()
-    ranked = table.sort_values('mean', ascending=False, kind='stable')
+    ranked = table.sort_values(
+        'mean',
+        ascending=False,
+        kind='stable')
     rest = table.drop(index=ALONE).mean().to_frame('mean of the joined').T
     shown = pd.concat([ranked.head(count), table.loc[[ALONE]], rest])
     shown = 100 * shown[~shown.index.duplicated()]
     return markdown(shown.map('{:.1f}'.format).rename_axis('candidate'))
 
 def effects_table(
-    evidence: pd.DataFrame, # What `gather_evidence` returns
+    evidence: pd.DataFrame, # Of all surfaces
 ) -> Markdown: # A table in Markdown
     "Effect of each setting: AUROC in percent, mean over all other settings."
     settings = {name: s for name, s in candidates().items() if s}
@@ -365,11 +401,14 @@ def _selected(config, candidate):
 
 def _comparisons(methods, profiles, settings, device):
     "Label → settings and method of what stands beside the selection."
-    own, shared = as_settings(settings), _evidence_config(settings, device)
+    own = as_settings(settings)
+    shared = _evidence_config(settings, device)
     hybrid = _hybrid_config(own, device)
     found = {NAMES.get(m, m): (hybrid, m) for m in as_methods(methods, 1)}
     same = dict(
-        device=device, extractor=shared.extractor, weights=shared.weights)
+        device=device,
+        extractor=shared.extractor,
+        weights=shared.weights)
     for profile in as_list(profiles, 'profiles'):
         config = from_profile(profile, **same | own)
         found[f'CSE, profile {profile}'] = config, 'cse'
@@ -380,8 +419,11 @@ def _test_line(record, label, candidate):
     "One line of the tests."
     latency = record.get('latency_ms') or {}
     return dict(
-        category=record['category'], chosen=candidate, method=label,
-        seed=record['seed'], epochs=record['config']['epochs'],
+        category=record['category'],
+        chosen=candidate,
+        method=label,
+        seed=record['seed'],
+        epochs=record['config']['epochs'],
         auroc=record['metrics']['auroc'],
         latency=latency.get('median', np.nan))
 
@@ -392,23 +434,40 @@ def _test_surface(name, candidate, others, selected, **kw):
     for label, (config, method) in runs.items():
         table = 1 if label in others else 6
         records = grid(
-            config, names=[name], methods=[method], table=table, **kw)
+            config,
+            names=[name],
+            methods=[method],
+            table=table,
+            **kw)
         for record in records:
             lines.append(_test_line(record, label, candidate))
     return record, lines
 
+# %% ../../nbs/lab/11_model_selection.ipynb #c5e8120d
+def _test_all(evidence, names, others, hybrid, **kw):
+    "The last record, and the tests of all surfaces, the selection first."
+    lines = []
+    for name in names:
+        candidate = select_model(evidence, name)
+        selected = _selected(hybrid, candidate)
+        record, found = _test_surface(
+            name, candidate, others, selected, **kw)
+        lines += found
+    lines.sort(key=lambda line: line['method'] != CHOSEN)
+    return record, pd.DataFrame(lines)
+
 # %% ../../nbs/lab/11_model_selection.ipynb #9a7e40f6
 def run_model_selection(
-    data: str = '', # Folder in MVTec layout; empty: built-in data
-    textures: str = '', # Folder of textures; empty: built-in ones
-    settings: dict = None, # Settings of all runs beside their profile
-    categories: list | str = '', # Two categories or more; empty: all
-    seeds: int | list | str = 1, # Seeds of the tests
-    evidence_seeds: int | list | str = 1, # Seeds of the evidence
-    methods: list | str = 'cse,patchcore,padim,raw', # Methods to compare
-    profiles: list | str = '', # Profiles in which CSE is tested too
-    results: str = '', # Folder of results; empty: a temporary one
-    device: str = 'auto', # Where to compute
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
+    settings: dict = None, # Other settings
+    categories: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # Of tests
+    evidence_seeds: int | list | str = 1, # Of evidence
+    methods: list | str = 'cse,patchcore,padim,raw', # To compare
+    profiles: list | str = '', # Of CSE too
+    results: str = '', # Empty: temporary
+    device: str = 'auto', # auto, cpu, cuda
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # The evidence, and the tests
     "Gather evidence, select without each surface, and test on that surface."
     names = as_list(categories, 'categories') or default_categories(data)
@@ -419,17 +478,12 @@ def run_model_selection(
     evidence = gather_evidence(
         data, textures, settings, names, evidence_seeds, results, device)
     hybrid = _hybrid_config(as_settings(settings), device)
-    lines = []
-    for name in names:
-        candidate = select_model(evidence, name)
-        selected = _selected(hybrid, candidate)
-        record, found = _test_surface(
-            name, candidate, others, selected, data=data or None,
-            seeds=seeds, textures=textures, results=results)
-        lines += found
-    tested = pd.DataFrame(lines).sort_values(
-        'method', key=lambda method: method != CHOSEN, kind='stable')
-    tested = tested.reset_index(drop=True)
+    record, tested = _test_all(
+        evidence, names, others, hybrid,
+        data=data or None,
+        seeds=seeds,
+        textures=textures,
+        results=results)
     _write(evidence, tested, record, results)
     return evidence, tested
 
@@ -451,7 +505,7 @@ def _milliseconds(tested):
     return fastest.groupby('method', sort=False).median()
 
 def model_selection_table(
-    tested: pd.DataFrame, # The tests of `run_model_selection`
+    tested: pd.DataFrame, # The tests
 ) -> Markdown: # A table in Markdown
     "AUROC in percent, mean and standard deviation over seeds, and ms an image."
     times = _milliseconds(tested)
@@ -460,7 +514,7 @@ def model_selection_table(
     return markdown(frame.rename_axis('method'))
 
 def selected_table(
-    tested: pd.DataFrame, # The tests of `run_model_selection`
+    tested: pd.DataFrame, # The tests
 ) -> Markdown: # A table in Markdown
     "The candidate selected without each surface."
     found = tested.groupby('category', sort=False).chosen.first()
@@ -468,7 +522,7 @@ def selected_table(
     return markdown(frame.rename_axis('surface'))
 
 def model_selection_plot(
-    tested: pd.DataFrame, # The tests of `run_model_selection`
+    tested: pd.DataFrame, # The tests
 ) -> plt.Figure:
     "Mean AUROC against time; bars are standard deviations over seeds."
     times = _milliseconds(tested)
@@ -477,12 +531,20 @@ def model_selection_plot(
         if np.isnan(times[method]): continue
         means = 100 * some.groupby('seed').auroc.mean()
         spread = means.std() if len(means) > 1 else None
-        ax.errorbar(times[method], means.mean(), yerr=spread,
-                    fmt='o', capsize=3, label=method)
+        ax.errorbar(
+            times[method],
+            means.mean(),
+            yerr=spread,
+            fmt='o',
+            capsize=3,
+            label=method)
     ax.set_xlabel('time of an image, ms')
     ax.set_ylabel('image AUROC, %, mean over surfaces')
     ax.set_xlim(left=0)
-    ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+    ax.legend(
+        fontsize=7,
+        loc='center left',
+        bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     return fig
 
@@ -510,7 +572,8 @@ def _write(evidence, tested, record, results):
     name = '-'.join(['model-selection', *words])
     text = '\n\n'.join((
         _caption(evidence, tested, record),
-        model_selection_table(tested), selected_table(tested),
+        model_selection_table(tested),
+        selected_table(tested),
         f'![AUROC and time of each method]({name}.svg)\n'))
     plots = {name: model_selection_plot(tested)}
     write_files(Path(results)/'tables'/name, text, tested, plots)

@@ -43,16 +43,23 @@ def _varied(config, source, seed):
     if seed == 0: return config, 0 # seed 0 of a source is the run itself
     return config.replace(**{f'{source}_seed': seed}), 0
 
+def _source_line(source, seed, record):
+    return dict(
+        source=source,
+        category=record['category'],
+        seed=seed,
+        auroc=record['metrics']['auroc'])
+
 # %% ../../nbs/lab/06_seed_variance.ipynb #90e5d3b7
 def run_sources(
-    data: str = '', # Folder in MVTec layout; empty: built-in data
-    textures: str = '', # Folder of textures; empty: built-in ones
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
     profile: str = 'smoke', # A profile
-    settings: dict = None, # Other settings than the profile's
-    categories: list | str = '', # Categories; empty: all
-    seeds: int | list | str = 1, # Seeds of the source that varies
-    results: str = '', # Folder of results; empty: a temporary one
-    device: str = 'auto', # Where to compute
+    settings: dict = None, # Other settings
+    categories: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # How many
+    results: str = '', # Empty: temporary
+    device: str = 'auto', # auto, cpu, cuda
 ) -> pd.DataFrame: # source ('all': everything), category, seed, auroc
     "Run the same settings with other draws of one source of chance."
     own = as_settings(settings)
@@ -60,21 +67,28 @@ def run_sources(
     names = as_list(categories, 'categories')
     names = names or default_categories(data, 1, config)
     results = results or tempfile.mkdtemp(prefix='cse-results-')
-    shared = dict(textures=textures, results=results, table=6)
+    shared = dict(
+        data=data or None,
+        methods=['cse'],
+        textures=textures,
+        results=results,
+        table=6)
     lines = []
     for source in (*SOURCES, 'all'):
         for seed in as_seeds(seeds):
             varied, run_seed = _varied(config, source, seed)
-            for record in grid(
-                    varied, data or None, names, ['cse'], [run_seed], **shared):
-                lines.append(dict(
-                    source=source, category=record['category'], seed=seed,
-                    auroc=record['metrics']['auroc']))
+            records = grid(
+                varied,
+                names=names,
+                seeds=[run_seed],
+                **shared)
+            for record in records:
+                lines.append(_source_line(source, seed, record))
     return pd.DataFrame(lines)
 
 # %% ../../nbs/lab/06_seed_variance.ipynb #b5d7082e
 def sources_table(
-    found: pd.DataFrame, # What `run_sources` returns
+    found: pd.DataFrame, # The runs
 ) -> Markdown: # A table in Markdown
     "Standard deviation of the AUROC over the draws of each source, in points."
     groups = found.groupby(['source', 'category'], sort=False)
@@ -99,7 +113,9 @@ def _average(weights, shares):
     shares = np.array(shares) / sum(shares)
     averaged = {}
     for name, last in weights[-1].items():
-        parts = [w[name] * share for w, share in zip(weights, shares)]
+        parts = [
+            w[name] * share
+            for w, share in zip(weights, shares)]
         averaged[name] = sum(parts) if last.is_floating_point() else last
     return averaged
 
@@ -171,17 +187,20 @@ def _write_epochs(frame, results, words):
     "The rows as a CSV file."
     name = '-'.join(['epochs', *words.lower().split()])
     with replacing(Path(results)/'tables'/f'{name}.csv') as file:
-        frame.round(5).to_csv(file, index=False, lineterminator='\n')
+        frame.round(5).to_csv(
+            file,
+            index=False,
+            lineterminator='\n')
 
 def run_epochs(
-    data: str = '', # Folder in MVTec layout; empty: built-in data
-    textures: str = '', # Folder of textures; empty: built-in ones
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
     profile: str = 'smoke', # A profile
-    settings: dict = None, # Other settings than the profile's
-    categories: list | str = '', # Categories; empty: all
-    seeds: int | list | str = 1, # Number of seeds, or a list
-    results: str = '', # Rows go to its `tables`; empty: none is written
-    device: str = 'auto', # Where to compute
+    settings: dict = None, # Other settings
+    categories: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # How many
+    results: str = '', # Empty: no file
+    device: str = 'auto', # auto, cpu, cuda
 ) -> pd.DataFrame: # category, seed, weights, auroc, validation_loss
     """AUROC with the weights of each epoch, and with averages of them.
 
@@ -230,7 +249,7 @@ def spread_frame(
     return cells.assign(mean=means.map('{:.1f}'.format))
 
 def epochs_table(
-    found: pd.DataFrame, # What `run_epochs` returns
+    found: pd.DataFrame, # All epochs
 ) -> Markdown: # A table in Markdown
     "AUROC in percent by the weights that are kept."
     kept = found[found.validation_loss.isna()]
@@ -243,20 +262,27 @@ def _draw_epochs(ax, name, epochs):
     for seed, some in epochs.groupby('seed'):
         values = 100 * some.auroc.values
         best = int(some.validation_loss.values.argmin())
-        line, = ax.plot(values, lw=1, label=f'seed {seed}')
+        line, = ax.plot(
+            values,
+            lw=1,
+            label=f'seed {seed}')
         ax.plot(best, values[best], 'o', color=line.get_color(), markersize=4)
     ax.set_title(name, fontsize=9)
     ax.set_xlabel('epoch')
 
 def epochs_plot(
-    found: pd.DataFrame, # What `run_epochs` returns
+    found: pd.DataFrame, # All epochs
 ) -> plt.Figure:
     "AUROC over epochs, one panel a category."
     epochs = found[found.validation_loss.notna()]
     names = list(dict.fromkeys(epochs.category))
     fig, axes = plt.subplots(
-        1, len(names), figsize=(1 + 2.2 * len(names), 2.4),
-        dpi=80, sharey=True, squeeze=False)
+        1,
+        len(names),
+        figsize=(1 + 2.2 * len(names), 2.4),
+        dpi=80,
+        sharey=True,
+        squeeze=False)
     for ax, name in zip(axes[0], names):
         _draw_epochs(ax, name, epochs[epochs.category == name])
     axes[0, 0].set_ylabel('image AUROC, %')

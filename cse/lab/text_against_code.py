@@ -95,11 +95,17 @@ def sides(
 def _pair(name, text, code, source):
     "One line of `pairs_frame`."
     return dict(
-        row=name, category=text['category'], seed=text['seed'],
-        text=text['metrics']['auroc'], code=code['metrics']['auroc'],
-        data=text['data']['name'], textures=text['textures']['name'],
-        profile=text['profile'], epochs=text['config']['epochs'],
-        extractor=text['extractor']['name'], commits=source)
+        row=name,
+        category=text['category'],
+        seed=text['seed'],
+        text=text['metrics']['auroc'],
+        code=code['metrics']['auroc'],
+        data=text['data']['name'],
+        textures=text['textures']['name'],
+        profile=text['profile'],
+        epochs=text['config']['epochs'],
+        extractor=text['extractor']['name'],
+        commits=source)
 
 def pairs_frame(
     records: dict, # Row → records of the text, records of the code
@@ -129,19 +135,19 @@ def _run_sides(wanted, data, **kw):
 
 # %% ../../nbs/lab/05_text_against_code.ipynb #0a6d4be5
 def run_text_against_code(
-    data: str = '', # Folder in MVTec layout; empty: built-in data
-    textures: str = '', # Folder of textures; empty: built-in ones
-    profile: str = 'smoke', # Profile in which choices are switched
-    extractor: str = '', # Empty: the profile's extractor
-    weights: str = '', # Empty: the profile's weights
-    settings: dict = None, # Other settings than the profile's
-    categories: list | str = '', # Categories; empty: all
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
+    profile: str = 'smoke', # A profile
+    extractor: str = '', # Empty: profile's
+    weights: str = '', # Empty: the profile's
+    settings: dict = None, # Other settings
+    categories: list | str = '', # Empty: all
     rows: list | str = '', # Keys of `ROWS`; empty: all
-    seeds: int | list | str = 1, # Number of seeds, or a list
-    results: str = '', # Folder of results; empty: a temporary one
-    force: bool = False, # Run again what is on record
-    device: str = 'auto', # Where to compute
-    scheduler: str = 'local', # As for `run_table`
+    seeds: int | list | str = 1, # How many
+    results: str = '', # Empty: temporary
+    force: bool = False, # Run again
+    device: str = 'auto', # auto, cpu, cuda
+    scheduler: str = 'local', # For the runs
 ) -> pd.DataFrame: # What `pairs_frame` returns
     "AUROC with both values of each choice. Raises `GridError` if runs failed."
     given = {'extractor': extractor, 'weights': weights}
@@ -153,8 +159,13 @@ def run_text_against_code(
     names = names or default_categories(data, 1, base)
     results = results or tempfile.mkdtemp(prefix='cse-results-')
     done = _run_sides(
-        wanted, data or None, names=names, seeds=as_seeds(seeds),
-        textures=textures, results=results, force=force,
+        wanted,
+        data or None,
+        names=names,
+        seeds=as_seeds(seeds),
+        textures=textures,
+        results=results,
+        force=force,
         scheduler=scheduler)
     return pairs_frame({name: [done[fingerprint(c)] for c in pair]
                         for name, pair in wanted.items()})
@@ -185,7 +196,7 @@ def _another_seed(found):
 
 # %% ../../nbs/lab/05_text_against_code.ipynb #b6a9e0d4
 def text_against_code_frame(
-    found: pd.DataFrame, # What `run_text_against_code` returns
+    found: pd.DataFrame, # The pairs
 ) -> pd.DataFrame: # A line a row: categories, mean, interval, size
     "Differences code − text in points of AUROC."
     points = 100 * (found.code - found.text)
@@ -209,7 +220,7 @@ def _cells(line, categories):
     return cells
 
 def text_against_code_table(
-    found: pd.DataFrame, # What `run_text_against_code` returns
+    found: pd.DataFrame, # The pairs
 ) -> Markdown: # A table in Markdown
     "Each choice, its two values, and the effect of the code's value."
     yardstick = Row('yardstick: another seed', '', '', {})
@@ -227,15 +238,19 @@ def _draw_row(ax, y, pairs, line, marks):
     for category, some in pairs.groupby('category', sort=False):
         points = 100 * (some.code - some.text)
         ax.scatter(
-            points, np.full(len(some), y), s=14, alpha=.6,
-            color='tab:gray', marker=marks.get(category, 'o'),
+            points,
+            np.full(len(some), y),
+            s=14,
+            alpha=.6,
+            color='tab:gray',
+            marker=marks.get(category, 'o'),
             label=category if y == 0 else None)
     half = None if np.isnan(line.interval) else line.interval
     ax.errorbar(line['mean'], y, xerr=half, color='tab:blue',
                 marker='|', markersize=12, capsize=3, lw=2)
 
 def text_against_code_plot(
-    found: pd.DataFrame, # What `run_text_against_code` returns
+    found: pd.DataFrame, # The pairs
 ) -> plt.Figure:
     "A point a pair, a bar for the mean and its interval."
     frame = text_against_code_frame(found)
@@ -270,8 +285,8 @@ def _caption(found):
         f'Seeds: {seeds}. Code: {first.commits or "no commit recorded"}.')
 
 def publish_text_against_code(
-    found: pd.DataFrame, # What `run_text_against_code` returns
-    results: str = '', # Files go to its `tables`; empty: none is written
+    found: pd.DataFrame, # The pairs
+    results: str = '', # Empty: no file
 ) -> Markdown: # Caption and table, for display
     "Table 6 as Markdown, CSV and SVG."
     first = found.iloc[0]
