@@ -176,8 +176,9 @@ def _interval(differences):
     from scipy.stats import t
     n = len(differences)
     if n == 1: return np.mean(differences), np.nan
-    error = np.std(differences, ddof=1) / np.sqrt(n)
-    return np.mean(differences), t.ppf(0.975, n - 1) * error
+    spread = np.std(differences, ddof=1)
+    half = t.ppf(0.975, n - 1) * spread / np.sqrt(n)
+    return np.mean(differences), half
 
 def _summary(pairs):
     "Differences of one row, by surface and in the mean."
