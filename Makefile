@@ -1,10 +1,11 @@
 # make test      everything that is checked, on a fresh clone too
 # make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with competitors, SCHEDULER=processes or an address
-#                TABLES=table6_disagreements ROWS=… SEEDS=3: what the disagreements of text and code are worth
+#                TABLES=table6_text_against_code ROWS=… SEEDS=3: where text and code differ, one choice at a time
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
-# make thresholds  wanted and measured shares of good images that are flagged; DATA=… TEXTURES=… SEEDS=…
-# make swings    where the differences between seeds come from, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
-# make choice    settings chosen without test images, each surface tested with the choice of the others; DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
+# make false-alarm-rates  false-alarm rates asked for and measured; DATA=… TEXTURES=… SEEDS=…
+# make seed-variance  sources of the variance between seeds, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
+# make model-selection  settings selected without test images and without the tested surface;
+#                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
 # make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
 # make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: all results on one page that needs no network
@@ -34,7 +35,7 @@ parameters = $(call given,data,$(call data,$(1))) $(call given,textures,$(TEXTUR
 hide = $(if $(findstring /,$(1)),-e 's|$(abspath $(1))|$(notdir $(abspath $(1)))|g' -e 's|$(1)|$(notdir $(abspath $(1)))|g')
 hide_paths = sed -i -e '' $(foreach path,$(DATA) $(TILDA) $(TEXTURES) $(WEIGHTS),$(call hide,$(path)))
 
-.PHONY: test tables benchmark thresholds swings choice robustness cluster-test report prepare clean
+.PHONY: test tables benchmark false-alarm-rates seed-variance model-selection robustness cluster-test report prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
@@ -72,11 +73,11 @@ cluster-test: $(READY)
 	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py
 
 # notebooks beside the tables: one run each, of which there is one executed copy a data set
-thresholds swings choice: $(READY)
+false-alarm-rates seed-variance model-selection: $(READY)
 	@mkdir -p results/notebooks
-	$(papermill) nbs/tables/$@.ipynb results/notebooks/$@-$(call name,).ipynb -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
+	$(papermill) nbs/tables/$(subst -,_,$@).ipynb results/notebooks/$@-$(call name,).ipynb -p settings '{}' -p categories '$(CATEGORIES)' -p results results \
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES)) $(call given,seeds,$(SEEDS)) $(call given,device,$(DEVICE)) \
-	  $(if $(filter choice,$@),$(call given,methods,$(METHODS)) $(call given,profiles,$(PROFILES)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE))
+	  $(if $(filter model-selection,$@),$(call given,methods,$(METHODS)) $(call given,profiles,$(PROFILES)) $(call given,evidence_seeds,$(EVIDENCE_SEEDS)),-p profile $(PROFILE))
 	$(BIN)/nbdev_clean --fname results/notebooks/$@-$(call name,).ipynb
 	$(hide_paths) results/notebooks/$@-$(call name,).ipynb
 

@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parent.parent / 'results'
 NOTEBOOKS = {
     3: 'table3_speed-built-in-smoke',
     4: 'table4_classifier-surfaces-paper',
-    6: 'table6_disagreements-surfaces-smoke'}
+    6: 'table6_text_against_code-surfaces-smoke'}
 FILES = {
     3: 'tables/table3-*',
     4: 'tables/table4-surfaces-paper*',

@@ -243,8 +243,8 @@ NOTEBOOKS = Path(__file__).parent.parent / 'nbs/tables'
 PARAMETERS = [('table1_mvtec', dict(epoch=3), 'epoch=3: no parameter of this notebook'), ('table1_mvtec', dict(seeds=-1), 'seeds=-1'), ('table1_mvtec', dict(categories='granite'), "'granite'"),
               ('table1_mvtec', dict(settings='epochs=3'), 'settings='), ('table2_tilda', dict(data='nowhere'), 'nowhere: no such folder'), ('table2_tilda', dict(profile=3), 'profile=3'),
               ('table3_speed', dict(methods='camera'), "'camera'"), ('table3_speed', dict(seeds='zero'), "seeds='zero'"), ('table4_classifier', dict(methods='classifier/none'), 'decoder modes'),
-              ('table5_decoder', dict(settings={'decoder': 'none'}), 'one place'), ('table5_decoder', dict(device='tpu'), "device='tpu'"), ('thresholds', dict(held_out=2), 'held_out=2'),
-              ('thresholds', dict(alphas=[0]), 'alphas'), ('thresholds', dict(methods='cse'), "methods='cse': no parameter of this notebook")]
+              ('table5_decoder', dict(settings={'decoder': 'none'}), 'one place'), ('table5_decoder', dict(device='tpu'), "device='tpu'"), ('false_alarm_rates', dict(held_out=2), 'held_out=2'),
+              ('false_alarm_rates', dict(alphas=[0]), 'alphas'), ('false_alarm_rates', dict(methods='cse'), "methods='cse': no parameter of this notebook")]
 
 
 @pytest.mark.parametrize('name, given, words', PARAMETERS, ids=[f'{n} {g}' for n, g, _ in PARAMETERS])

@@ -15,7 +15,8 @@ from cse.config import ConfigError
 from cse.data.images import DataError, Images, read_image
 from cse.data.files import is_device
 from cse.data.folders import load_category
-from cse.detector import ModelError, _checksum
+from cse.data.model_files import ModelError
+from cse.detector import _checksum
 from cse.lab.runs import GridError
 from cse.deploy.export import ExportError, export, run_exported
 from cse.extensions.calibration import Calibration, CalibrationError

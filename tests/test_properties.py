@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from cse.config import Config, ConfigError
 from cse.data.images import Images, resize_crop
 from cse.data.seeds import seeded, split
-from cse.defects import DefectGenerator, draw_masks
+from cse.defects import DefectGenerator
+from cse.fast.defects import draw_masks
 from cse.losses import contrastive_cosine_loss, decoder_loss, similarity
 from cse.metrics import auroc, auroc_interval
 from cse.extensions.calibration import Calibration, CalibrationError

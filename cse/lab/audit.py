@@ -20,7 +20,7 @@ from .runs import RECORD_SCHEMA, record_name, run_key
 from .selection import (
     is_timing, select, select_pairs, stated_parameters, table_notebooks, table_number)
 from .tables import publish
-from .text_against_code import pairs_frame, publish_disagreements
+from .text_against_code import pairs_frame, publish_text_against_code
 from ..metrics import auroc, auroc_interval
 
 # %% ../../nbs/lab/07_audit.ipynb #4a1a2d2a
@@ -331,7 +331,7 @@ def _select(notebook, table, records):
 def _make_table(chosen, table, folder):
     "Write a table to `folder` and return its text."
     if table == 6:
-        return publish_disagreements(pairs_frame(chosen), folder)
+        return publish_text_against_code(pairs_frame(chosen), folder)
     return publish(chosen, table, folder)
 
 def _shown_table(notebook):
