@@ -322,7 +322,8 @@ def tables(
     """
     with _errors('interrupted; what was finished is kept'):
         from cse.config import ConfigError, from_profile
-        from cse.lab.runs import GridError, run_table
+        from cse.lab.grid import GridError
+        from cse.lab.parameters import run_table
         from cse.lab.tables import PUBLISHED, caption, comparison, publish
         from cse.lab.latency import run_speed
         own, failed, found = {4: 'classifier,cse', 5: 'all'}, [], []

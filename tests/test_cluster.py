@@ -20,7 +20,9 @@ from distributed.cli import dask_scheduler, dask_worker
 
 from cse.config import Config, ConfigError
 from cse.data.images import DataError
-from cse.lab.runs import RECORD_SCHEMA, GridError, _gather, _run_elsewhere, grid, identify, load_records
+from cse.lab.grid import GridError, _fetch, _run_on_worker, grid
+from cse.lab.records import RECORD_SCHEMA, load_records
+from cse.lab.runs import identify
 from cse.lab.tables import publish
 from cse.lab.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
 
@@ -33,7 +35,7 @@ METHOD = '''
 import os, time
 from types import SimpleNamespace
 import torch
-from cse.lab import runs as experiments
+from cse.lab import runs
 from cse.data.images import Images
 from cse.detector import Detector
 
@@ -51,7 +53,7 @@ class Mean(Detector):
         return self
     def _scored(self, images): return (images.mean((1, 2, 3)) * (self.seed + 1)).sin(), torch.zeros(len(images), 2, 2)
 
-experiments.METHODS["mean"] = Mean
+runs.METHODS["mean"] = Mean
 '''
 SMALL = Config.smoke(resize=40, crop=32)
 
@@ -60,8 +62,8 @@ SMALL = Config.smoke(resize=40, crop=32)
 def method(tmp_path, monkeypatch):
     "The method, here and on workers that are started from now on."
     import dask
-    from cse.lab import runs as experiments
-    monkeypatch.setattr(experiments, 'METHODS', dict(experiments.METHODS))
+    from cse.lab import runs
+    monkeypatch.setattr(runs, 'METHODS', dict(runs.METHODS))
     (path := tmp_path / 'mean.py').write_text(METHOD)
     exec(METHOD, {})
     with dask.config.set({'distributed.worker.preload': [str(path)]}): yield
@@ -103,16 +105,16 @@ def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
     "Data in another place, results that cannot be written there, and data that differs."
     moved = Path(shutil.copytree(surface, tmp_path / 'elsewhere' / Path(surface).name))
     call = dict(config=SMALL, data=str(surface), category='gravel', method='mean', seed=1)
-    key = identify(**call)[-1]
+    key = identify(**call).key
     monkeypatch.setenv('CSE_DATA', str(moved))
     (wall := tmp_path / 'wall').write_text('a file')
-    text, pictures = _run_elsewhere(call | dict(data='/nowhere'), str(wall / 'results'), key)
-    outcome = _gather(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
+    text, pictures = _run_on_worker(call | dict(data='/nowhere'), str(wall / 'results'), key)
+    outcome = _fetch(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
     assert told(tmp_path).keys() == {key} and outcome.value == load_records(tmp_path)[0] == json.loads(text)
     assert (tmp_path / f'pictures/{key}.webp').read_bytes() == pictures and pictures[:4] == b'RIFF'
-    assert _run_elsewhere(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
+    assert _run_on_worker(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
     (moved / 'gravel/train/good/00.png').unlink()
-    with pytest.raises(DataError, match='expected the same images'): _run_elsewhere(call, str(tmp_path), key)
+    with pytest.raises(DataError, match='expected the same images'): _run_on_worker(call, str(tmp_path), key)
 
 
 @pytest.mark.parametrize('full, kept', [('pictures', True), ('records', False)])
@@ -123,7 +125,7 @@ def test_a_disk_full_at_the_caller_costs_a_run_or_its_pictures(tmp_path, monkeyp
         if path.parent.name == full: raise OSError(28, 'No space left on device')
         return write(path, content)
     monkeypatch.setattr(Path, 'write_bytes', fail)
-    outcome = _gather(Outcome(Task('a run'), 1., (json.dumps(dict(schema=RECORD_SCHEMA)), b'RIFF')), tmp_path, 'key')
+    outcome = _fetch(Outcome(Task('a run'), 1., (json.dumps(dict(schema=RECORD_SCHEMA)).encode(), b'RIFF')), tmp_path, 'key')
     assert (tmp_path / 'records/key.json').exists() == kept == (outcome.error is None) and not (tmp_path / 'pictures/key.webp').exists()
     assert f'{full}/key.' in (caplog.text if kept else str(outcome.error))
 

@@ -16,7 +16,7 @@ from cse.data.images import DataError, Images, read_image
 from cse.data.files import is_device
 from cse.data.folders import load_category
 from cse.detector import ModelError, _checksum
-from cse.lab.runs import GridError
+from cse.lab.grid import GridError
 from cse.deploy.export import ExportError, export, run_exported
 from cse.extensions.calibration import Calibration, CalibrationError
 from cse.data.builtin import builtin_surfaces
@@ -67,12 +67,13 @@ def test_images_of_the_size_of_the_crop_are_prepared_like_files(detector, tmp_pa
 
 
 def test_interrupted_run_leaves_no_record(surface, tmp_path, monkeypatch):
-    from cse import experiments, training
+    from cse import training
+    from cse.lab.runs import run
     def validate(self, network, losses_of, epoch):
         if epoch: raise KeyboardInterrupt
         return 1.0, dict(variance=1.0, between_images=1.0, dimensions=1.0)
     monkeypatch.setattr(training._Validation, '__call__', validate)
-    with pytest.raises(KeyboardInterrupt): experiments.run(Config.smoke(**SMALL), surface, 'gravel', results=tmp_path)
+    with pytest.raises(KeyboardInterrupt): run(Config.smoke(**SMALL), surface, 'gravel', results=tmp_path)
     assert not list((tmp_path / 'records').glob('*.json'))
 
 
@@ -351,7 +352,7 @@ def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
     def fail(number, **given):
         asked[number] = given
         raise GridError('not run here')
-    monkeypatch.setattr('cse.lab.runs.run_table', fail)
+    monkeypatch.setattr('cse.lab.parameters.run_table', fail)
     done = cse('tables', 1, 2, '--categories', 'wood', '--json')
     assert done.exit_code == 1 and json.loads(done.stdout) == dict(tables=[], failed=[1, 2]) and [asked[n]['categories'] for n in (1, 2)] == ['wood', '']
     cse('tables', 2, '--categories', 'textile1')

@@ -10,7 +10,8 @@ import torch
 from cse.config import Config, ConfigError, fingerprint
 from cse.data.images import DataError
 from cse.data.folders import load_category
-from cse.lab.runs import METHODS, grid, make_method, run, variant
+from cse.lab.runs import METHODS, make_method, run, variant
+from cse.lab.grid import grid
 from cse.baselines.anomalib import PEERS, CFA, FastFlow, MeanDistance, PatchCore
 
 SAME = ('patchcore', 'padim', 'cfa', 'fastflow', 'reverse_distillation')

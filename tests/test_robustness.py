@@ -5,7 +5,9 @@ import pytest, torch
 from cse import CSE
 from cse.config import Config, ConfigError
 from cse.data.files import check_writable
-from cse.lab.runs import grid, load_records, run
+from cse.lab.records import load_records
+from cse.lab.runs import run
+from cse.lab.grid import grid
 from cse.lab.tables import comparison
 from cse.training import Progress, TrainingError
 
@@ -17,7 +19,8 @@ GRID = '''
 import sys, time
 import numpy as np, torch
 from types import SimpleNamespace
-from cse.lab import runs as experiments
+from cse.lab.grid import grid
+from cse.lab.runs import METHODS
 from cse.config import Config
 from cse.data.images import Images
 from cse.detector import Detector
@@ -31,10 +34,10 @@ class Mean(Detector):
         return self
     def _scored(self, images): return (images.mean((1, 2, 3)) * (self.seed + 1)).sin(), torch.zeros(len(images), 2, 2)
 
-experiments.METHODS["mean"] = Mean
+METHODS["mean"] = Mean
 data, results, count = sys.argv[1:]
 print("ready", flush=True)
-experiments.grid(Config.smoke(resize=40, crop=32), data, ["gravel"], ["mean"], list(range(int(count))), progress=False, results=results)
+grid(Config.smoke(resize=40, crop=32), data, ["gravel"], ["mean"], list(range(int(count))), progress=False, results=results)
 '''
 
 

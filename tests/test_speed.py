@@ -10,7 +10,9 @@ import torch
 from cse import Config
 from cse.config import ConfigError
 from cse.data.images import DataError
-from cse.lab.runs import GridError, load_records, read_parameters
+from cse.lab.records import load_records
+from cse.lab.grid import GridError
+from cse.lab.parameters import read_parameters
 from cse.extractor import WeightsError
 from cse.lab.tables import ReportError, caption, check_records, publish
 from cse.lab.latency import TIMED, choose, run_speed, summary, timed_image, times
@@ -152,7 +154,7 @@ def test_both_forms_agree_with_other_settings_of_the_score(surface):
 def test_table3_notebook_knows_the_parameters_of_all_tables():
     import inspect
     import yaml
-    from cse.lab.runs import run_table
+    from cse.lab.parameters import run_table
     names = set(inspect.signature(run_table).parameters) - {'table'}
     for path in (ROOT / 'params').glob('*.yml'): names |= set(yaml.safe_load(path.read_text()))
     assert set(read_parameters(dict.fromkeys(names), run_speed)) == names

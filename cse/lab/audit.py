@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from ..config import Config, fingerprint, from_profile, settings_of
 from ..data.builtin import SURFACES, TEXTILES
-from .runs import BUILTIN, BUILTIN_TEXTILES, RECORD_SCHEMA, as_list, as_methods, as_seeds, as_settings, record_name, run_key, variant
+from .records import RECORD_SCHEMA, record_name, run_key
+from .runs import BUILTIN, BUILTIN_TEXTILES, variant
+from .parameters import as_list, as_methods, as_seeds, as_settings
 from ..metrics import auroc, auroc_interval
 from .tables import PUBLISHED, ReportError, publish
 from .text_against_code import ROWS, pairs_frame, publish_disagreements, sides

@@ -27,7 +27,7 @@ from ..fast.head import Head
 from ..scoring import MemoryBank
 from ..training import _step, make_decoder, make_embedder, make_optimiser, pair_losses, pair_splits, pair_up, partners, train
 from ..detector import CSE, Fused
-from .runs import peak_memory, reset_peak_memory
+from .machine import peak_memory, reset_peak_memory
 
 # %% ../../nbs/lab/08_benchmark.ipynb #7bcb179a
 def times(

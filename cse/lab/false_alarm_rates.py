@@ -14,7 +14,8 @@ from ..data.images import Images
 from ..data.folders import load_category
 from ..extensions.calibration import CalibrationError
 from ..detector import CSE
-from .runs import as_list, as_seeds, as_settings, default_categories, resolve_data
+from .runs import resolve_data
+from .parameters import as_list, as_seeds, as_settings, default_categories
 from .tables import Markdown, markdown, write_files
 
 # %% ../../nbs/lab/10_false_alarm_rates.ipynb #be7c847c

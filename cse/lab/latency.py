@@ -22,7 +22,11 @@ from ..extractor import FeatureExtractor, pick_device
 from ..training import make_embedder
 from ..scoring import MemoryBank
 from ..detector import CSE
-from .runs import METHODS, RECORD_SCHEMA, GridError, as_list, as_seeds, as_settings, default_categories, peak_memory, processor, read_record, record_name, make_method, reset_peak_memory, resolve_data, run_key, versions, write_record
+from .machine import peak_memory, processor, reset_peak_memory, versions
+from .records import RECORD_SCHEMA, read_record, record_name, run_key, write_record
+from .runs import METHODS, make_method, resolve_data
+from .grid import GridError
+from .parameters import as_list, as_seeds, as_settings, default_categories
 from .benchmark import times
 
 # %% ../../nbs/lab/09_latency.ipynb #be1096f3

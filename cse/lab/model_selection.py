@@ -21,7 +21,10 @@ from ..training import pair_splits
 from ..extensions.hybrid import EmbeddingScores, JointHead, PatchGaussians
 from ..detector import CSE
 from ..metrics import auroc
-from .runs import as_list, as_methods, as_seeds, as_settings, default_categories, grid, identify, record_name
+from .records import record_name
+from .runs import identify
+from .grid import grid
+from .parameters import as_list, as_methods, as_seeds, as_settings, default_categories
 from .tables import Markdown, markdown, write_files
 from .text_against_code import spread_frame
 

@@ -11,7 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from ..config import Config, fingerprint
 from ..data.files import replacing
-from .runs import BUILTIN, BUILTIN_TEXTILES, load_records
+from .records import load_records
+from .runs import BUILTIN, BUILTIN_TEXTILES
 from .figures import worst
 from .tables import PUBLISHED, _column, _deviations, caption, comparison, is_comparable, published_frame
 from .audit import select, stated_parameters, table_notebooks

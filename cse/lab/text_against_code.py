@@ -23,7 +23,9 @@ from ..extractor import FeatureExtractor
 from ..training import Progress, train
 from ..scoring import MemoryBank
 from ..metrics import auroc
-from .runs import GridError, as_list, as_seeds, as_settings, default_categories, grid, resolve_data
+from .runs import resolve_data
+from .grid import GridError, grid
+from .parameters import as_list, as_seeds, as_settings, default_categories
 from .tables import Markdown, commits, markdown, write_files
 
 # %% ../../nbs/lab/05_text_against_code.ipynb #6d24deda
