@@ -49,7 +49,8 @@ def _shrink_maps(maps, side):
 def _tile(image, map, top, side):
     "An image as RGB, with its anomaly map below."
     rgb = (255 * image.permute(1, 2, 0)).round().byte()
-    if map is None: return Image.fromarray(rgb.numpy())
+    if map is None:
+        return Image.fromarray(rgb.numpy())
     tile = Image.new('RGB', (side, 2 * side + _MARGIN // 2), 'white')
     tile.paste(Image.fromarray(rgb.numpy()), (0, 0))
     heat = Image.fromarray(overlay(image, map, top))

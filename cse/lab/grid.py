@@ -8,6 +8,7 @@ __all__ = ['estimates', 'GridError', 'grid']
 # %% ../../nbs/lab/06_grid.ipynb #e38d5ee3
 import itertools, os, sys, tempfile, traceback
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from ..data.folders import load_category
 from ..data.images import DataError
 from ..extractor import pick_device
 from .records import RecordError, read_record
-from .runs import Identity, check_results, identify, optional_sheet
+from .runs import check_results, identify, optional_sheet
 from .runs import resolve_data, run, variant
 from .scheduling import Outcome, Task, as_scheduler, run_tasks
 
@@ -27,9 +28,12 @@ from .scheduling import Outcome, Task, as_scheduler, run_tasks
 def _pixels(
     config: Config, # Settings of a method
     train: int, # Training images
-) -> int: # Images × epochs × pixels of an image
+) -> int: # Images × epochs × pixels
     "Pixels that pass through a training run."
     return train * config.epochs * config.crop**2
+
+# of another version, or a timing of Table 3
+_INCOMPLETE = KeyError, AttributeError, TypeError, ZeroDivisionError
 
 def _pace(record):
     "Seconds a pixel of a run."
@@ -37,7 +41,7 @@ def _pace(record):
     return record['seconds']['total'] / _pixels(config, record['data']['train'])
 
 def estimates(
-    results: str | Path, # Folder of results
+    results: str | Path, # Folder
 ) -> dict[str, float]: # Method → seconds a pixel
     "How long the methods took so far: medians over their records."
     found = defaultdict(list)
@@ -45,8 +49,8 @@ def estimates(
         try:
             record = read_record(path)
             found[record['method']].append(_pace(record))
-        # damaged, of another version, or a timing of Table 3
-        except (RecordError, KeyError, AttributeError, TypeError, ZeroDivisionError): continue
+        except (RecordError, *_INCOMPLETE):
+            continue
     return {method: float(np.median(paces)) for method, paces in found.items()}
 
 # %% ../../nbs/lab/06_grid.ipynb #4c851987
@@ -59,25 +63,28 @@ def _on_this_machine(call):
     "A call with the folders and the GPU of the worker that makes it."
     call = dict(call)
     for name in ('data', 'textures'):
-        if call.get(name): call[name] = os.environ.get(f'CSE_{name.upper()}') or call[name]
+        if call.get(name):
+            call[name] = os.environ.get(f'CSE_{name.upper()}') or call[name]
     if call['config'].device.startswith('cuda:'): # a worker sees only its own GPU
         call['config'] = call['config'].replace(device='cuda')
     return call
 
 def _run_on_worker(
-    call: dict[str, object], # Arguments of `run`
-    results: str, # Folder of results of the caller
-    key: str, # Expected name of the record
-) -> tuple[bytes, bytes | None]: # The record and the sheet, as files have them
+    call: dict, # Arguments of `run`
+    results: str, # Folder of the caller
+    key: str, # Of the record
+) -> tuple[bytes, bytes | None]: # Record and sheet
     "Run on a worker. Raises `DataError` if the worker sees other files."
     call = _on_this_machine(call)
     if (found := _identify(call).key) != key:
-        raise DataError(f'{call["data"] or "built-in data"}: here the run is {found}, '
-                        f'asked for was {key}; expected the same images, textures '
-                        'and weights on every worker')
+        raise DataError(
+            f'{call["data"] or "built-in data"}: here the run is {found}, '
+            f'asked for was {key}; expected the same images, '
+            'textures and weights on every worker')
     with tempfile.TemporaryDirectory() as own:
         try: check_results(results)
-        except ConfigError: results = own # the caller's folder is not shared
+        except ConfigError:
+            results = own # the caller's folder is not shared
         run(**call, results=results)
         record, sheet = _files(results, key)
         return record.read_bytes(), sheet.read_bytes() if sheet.exists() else None
@@ -90,20 +97,23 @@ def _files(results, key):
 # %% ../../nbs/lab/06_grid.ipynb #ea6fddc2
 def _write(file, content):
     "Write a file unless it is there already."
-    if file.exists() and file.read_bytes() == content: return
-    with replacing(file) as temporary: temporary.write_bytes(content)
+    if file.exists() and file.read_bytes() == content:
+        return
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 def _fetch(
     outcome: Outcome, # Of `_run_on_worker`
-    results: str | Path, # Folder of results
-    key: str, # Name of the record
+    results: str | Path, # Folder
+    key: str, # Of the record
 ) -> Outcome: # Its value is the record
     "Keep the record and the sheet of a run on a worker."
     if outcome.error: return outcome
     record, sheet = outcome.value
     record_file, sheet_file = _files(results, key)
     try: _write(record_file, record)
-    except OSError as e: return Outcome(outcome.task, outcome.seconds, error=e)
+    except OSError as e:
+        return Outcome(outcome.task, outcome.seconds, error=e)
     with optional_sheet(sheet_file):
         if sheet: _write(sheet_file, sheet)
     return Outcome(outcome.task, outcome.seconds, read_record(record_file))
@@ -129,24 +139,30 @@ def _run_here(calls, results, force, progress):
 # %% ../../nbs/lab/06_grid.ipynb #53aca463
 def _needs_gpu(config, scheduler):
     "Whether the runs ask for a worker with a GPU."
-    if config.device.startswith('cuda'): return True
+    if config.device.startswith('cuda'):
+        return True
     local = as_scheduler(scheduler)[0] == 'processes'
     return config.device == 'auto' and local and torch.cuda.is_available()
 
 def _worker_task(title, call, results, force, paces, gpu):
-    "A run as a task for workers. Paths are absolute, since a worker has a folder of its own."
+    "A run as a task for workers, whose working folder is another."
     identity = _identify(call)
     folders = {name: str(Path(call[name]).resolve())
                for name in ('data', 'textures') if call.get(name)}
-    args = call | folders | dict(force=force), str(Path(results).resolve()), identity.key
+    args = (
+        call | folders | dict(force=force),
+        str(Path(results).resolve()),
+        identity.key)
     size = _pixels(identity.config, identity.data['train'])
     seconds = paces.get(identity.method, 1e-6) * size
     return Task(title, args, seconds, {'GPU': 1} if gpu else {})
 
 def _from_record(task, path):
     "Outcome of a run that is on record."
-    try: return Outcome(task, 0., read_record(path))
-    except RecordError as e: return Outcome(task, 0., error=e)
+    try:
+        return Outcome(task, 0., read_record(path))
+    except RecordError as e:
+        return Outcome(task, 0., error=e)
 
 def _run_elsewhere(calls, results, force, scheduler, patience, progress):
     "Outcomes of the runs on workers, those on record first."
@@ -155,10 +171,15 @@ def _run_elsewhere(calls, results, force, scheduler, patience, progress):
     for title, call in calls.items():
         task = _worker_task(title, call, results, force, paces, gpu)
         path, _ = _files(results, task.args[-1])
-        if force or not path.exists(): left.append(task)
-        else: yield _from_record(task, path)
+        if force or not path.exists():
+            left.append(task)
+        else:
+            yield _from_record(task, path)
     if not left: return
-    for outcome in run_tasks(_run_on_worker, left, scheduler, patience=patience, progress=progress):
+    outcomes = run_tasks(
+        _run_on_worker, left, scheduler,
+        patience=patience, progress=progress)
+    for outcome in outcomes:
         yield _fetch(outcome, results, outcome.task.args[-1])
 
 # %% ../../nbs/lab/06_grid.ipynb #d2368b85
@@ -172,10 +193,11 @@ def _failure(outcome):
 
 def _success(outcome):
     "One line about a run that is done."
-    record = outcome.value
+    title, record = outcome.task.title, outcome.value
+    auroc = 100 * record['metrics']['auroc']
     computed = outcome.seconds > 0.5 * record['seconds']['total']
     how = f'{outcome.seconds:.0f} s' if computed else 'on record'
-    return f'{outcome.task.title}: AUROC {100 * record["metrics"]["auroc"]:.1f} %, {how}'
+    return f'{title}: AUROC {auroc:.1f} %, {how}'
 
 def _show(outcome):
     "Print what became of a run."
@@ -186,7 +208,9 @@ def _show(outcome):
     tqdm.write(line, file=sys.stdout)
 
 def _collect(outcomes, titles, progress):
-    "Records in the order of their titles. Raises `GridError` if runs failed. Ctrl-C ends the rest."
+    """Records in the order of their titles. Ctrl-C ends the rest.
+
+    Raises `GridError` if runs failed."""
     done = {}
     with closing(outcomes):
         for outcome in outcomes:
@@ -204,29 +228,34 @@ def _check_methods(methods, config):
     variants = [variant(name, config) for name in methods]
     different = {digest([method, own.to_dict()]) for method, own in variants}
     if len(different) < len(methods):
-        raise ConfigError(f'methods={", ".join(methods)}: expected each once '
-                          f'(cse is cse/{config.decoder})')
+        raise ConfigError(
+            f'methods={", ".join(methods)}: expected each once '
+            f'(cse is cse/{config.decoder})')
 
 def _check_grid(config, data, names, methods, seeds, scheduler, results):
     "Raise `ConfigError` or `DataError` for what no run of the grid could use."
     if not (names and methods and seeds):
-        raise ConfigError(f'nothing to run: categories {names}, methods {methods}, seeds {seeds}')
+        raise ConfigError(
+            f'nothing to run: categories {names}, '
+            f'methods {methods}, seeds {seeds}')
     _check_methods(methods, config)
     as_scheduler(scheduler)
-    if scheduler == 'local': pick_device(config.device)
+    if scheduler == 'local':
+        pick_device(config.device)
     root, _ = resolve_data(data, names)
-    for name in names: load_category(root, name, config)
+    for name in names:
+        load_category(root, name, config)
     check_results(results)
 
 def grid(
     config: Config, # Every setting
     data: str | Path | None, # Folder of categories; None for built-in data
-    names: list[str], # Categories
-    methods: list[str] = ('cse',), # Keys of `METHODS`, or 'cse/' and a decoder mode
-    seeds: list[int] = (0,), # Seeds
-    progress: bool = True, # Print a line a run; show bars on a terminal
-    scheduler: str = 'local', # Name of a scheduler, such as 'processes:4'
-    patience: float = 6 * 3600, # Least limit for a run on a worker, seconds
+    names: Sequence[str], # Categories
+    methods: Sequence[str] = ('cse',), # As for `variant`
+    seeds: Sequence[int] = (0,),
+    progress: bool = True, # Print a line a run
+    scheduler: str = 'local', # Or 'processes:4', …
+    patience: float = 6 * 3600, # As for `run_tasks`
     results: str | Path = 'results', # Folder of results
     force: bool = False, # Run again what is on record
     **kw: object, # More arguments of `run`
@@ -235,6 +264,9 @@ def grid(
     _check_grid(config, data, names, methods, seeds, scheduler, results)
     todo = [(m, c, s) for c, m, s in itertools.product(names, methods, seeds)]
     calls = _calls(todo, config=config, data=data, **kw)
-    if scheduler == 'local': outcomes = _run_here(calls, results, force, progress)
-    else: outcomes = _run_elsewhere(calls, results, force, scheduler, patience, progress)
+    if scheduler == 'local':
+        outcomes = _run_here(calls, results, force, progress)
+    else:
+        outcomes = _run_elsewhere(
+            calls, results, force, scheduler, patience, progress)
     return _collect(outcomes, list(calls), progress)

@@ -25,8 +25,11 @@ def _version(package):
 @functools.cache
 def versions() -> dict[str, str | None]: # Package → version
     "Versions that can change a number."
-    own = {'cse': _version('cse'), 'python': platform.python_version()}
-    return own | {name: _version(name) for name in _PACKAGES}
+    found = {'cse': _version('cse')}
+    found['python'] = platform.python_version()
+    for name in _PACKAGES:
+        found[name] = _version(name)
+    return found
 
 # %% ../../nbs/lab/03_machine.ipynb #475e75d5
 _SOURCE = 'cse', 'nbs', 'params', 'settings.ini'
@@ -41,11 +44,13 @@ def _git(root, *args):
 def commit() -> tuple[str | None, bool | None]: # Hash; whether files differ from it
     "State of the source in git, None outside a checkout."
     root = Path(inspect.getfile(Config)).parent.parent
-    if not (root/'settings.ini').exists(): return None, None
+    if not (root/'settings.ini').exists():
+        return None, None
     try:
         changed = _git(root, 'status', '--porcelain', '--', *_SOURCE)
         return _git(root, 'rev-parse', 'HEAD'), bool(changed)
-    except (OSError, subprocess.CalledProcessError): return None, None
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
 
 # %% ../../nbs/lab/03_machine.ipynb #4ff90bd2
 def processor(
@@ -53,8 +58,10 @@ def processor(
 ) -> str: # Such as 'Intel(R) Xeon(R) Processor'
     "Name of the CPU or GPU."
     device = torch.device(device)
-    if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: lines = []
     names = [line.split(':')[1] for line in lines if line.startswith('model name')]
     if names: return names[0].strip()
@@ -63,12 +70,14 @@ def processor(
 # %% ../../nbs/lab/03_machine.ipynb #0ad26215
 def reset_peak_memory() -> None:
     "Start to measure the peak of the process's memory anew, where the system can."
-    try: Path('/proc/self/clear_refs').write_text('5')
+    try:
+        Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass
 
 def peak_memory() -> float: # Megabytes
     "Peak of the process's resident memory."
-    try: lines = Path('/proc/self/status').read_text().splitlines()
+    try:
+        lines = Path('/proc/self/status').read_text().splitlines()
     except OSError: lines = []
     peaks = [line.split()[1] for line in lines if line.startswith('VmHWM')] # kB
     if peaks: return int(peaks[0]) / 1024
@@ -79,7 +88,7 @@ def peak_memory() -> float: # Megabytes
 def latency(
     detector: Detector, # Fitted
     image: torch.Tensor, # 1×3×H×W in [0, 1]
-    repeats: int = 20, # Calls that count, after three that do not
+    repeats: int = 20, # After three to warm up
 ) -> dict[str, float]: # Milliseconds: 'low', 'median', 'high'; and 'repeats'
     "Time of one image from tensor to score: median, 5th and 95th percentile."
     image = image.to(detector.extractor.device)

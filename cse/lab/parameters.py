@@ -18,63 +18,73 @@ from .runs import METHODS, variant
 
 # %% ../../nbs/lab/07_parameters.ipynb #04a7c16a
 def as_list(
-    value: list | tuple | str, # Text: JSON, or separated by commas
-    name: str, # Name of the parameter, for errors
+    value: list | tuple | str,
+    name: str, # Of the parameter, for errors
 ) -> list: # Its items
     "Read a list parameter. Raises `ConfigError`."
-    if isinstance(value, (list, tuple)): return list(value)
+    if isinstance(value, (list, tuple)):
+        return list(value)
     text = str(value).strip()
     if not text.startswith('['):
         parts = [part.strip() for part in text.split(',')]
         return [part for part in parts if part]
     try: return json.loads(text)
     except ValueError:
-        raise ConfigError(f'{name}={value!r}: expected a list such as '
-                          '\'["wood", "tile"]\' or wood,tile') from None
+        raise ConfigError(
+            f'{name}={value!r}: expected a list such as '
+            '\'["wood", "tile"]\' or wood,tile') from None
 
 # %% ../../nbs/lab/07_parameters.ipynb #3eba0e90
 def as_seeds(
-    value: int | list | str, # Number of seeds, or a list
+    value: int | list | str, # Number, or a list
 ) -> list[int]: # Seeds
     "Read the parameter `seeds`. Raises `ConfigError`."
     seeds = as_list(value, 'seeds')
     is_list = isinstance(value, (list, tuple)) or str(value).strip().startswith('[')
     try:
         found = [int(seed) for seed in seeds]
-        if len(found) == 1 and not is_list: found = list(range(found[0]))
+        if len(found) == 1 and not is_list:
+            found = list(range(found[0]))
     except (ValueError, TypeError): found = []
     if not found:
-        raise ConfigError(f'seeds={value!r}: expected a number of seeds, at least 1, '
-                          'or a list of whole numbers')
+        raise ConfigError(
+            f'seeds={value!r}: expected a number of seeds, at least 1, '
+            'or a list of whole numbers')
     return found
 
 # %% ../../nbs/lab/07_parameters.ipynb #ae2b33c9
 def as_settings(
-    value: dict | str | None, # A dict, JSON text, or nothing
+    value: dict | str | None, # Text: JSON
 ) -> dict[str, object]: # Settings
     "Read the parameter `settings`. Raises `ConfigError`."
     if not value: return {}
-    try: found = json.loads(value) if isinstance(value, str) else value
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
     except ValueError: found = None
     if not isinstance(found, dict):
-        raise ConfigError(f'settings={value!r}: expected JSON such as \'{{"epochs": 5}}\'')
+        raise ConfigError(
+            f'settings={value!r}: expected JSON such as '
+            '\'{"epochs": 5}\'')
     return found
 
 # %% ../../nbs/lab/07_parameters.ipynb #f69412bf
 def _all_methods(table):
     "Every column that a table can have."
-    if table == 4: return ['classifier', 'cse']
+    if table == 4:
+        return ['classifier', 'cse']
     modes = Config.__dataclass_fields__['decoder'].metadata['choices']
-    if table == 5: return [f'cse/{mode}' for mode in modes]
+    if table == 5:
+        return [f'cse/{mode}' for mode in modes]
     return [name for name in METHODS if '/' not in name and name != 'classifier']
 
 def as_methods(
-    value: list | str, # Names; 'all' for every column
-    table: int, # Number of the table in the paper
+    value: list | str, # Names, or 'all'
+    table: int, # Number in the paper
 ) -> list[str]: # Names of methods
-    "Read the parameter `methods`; 'raw' is short for mean_distance. Raises `ConfigError`."
+    "Read the parameter `methods`; 'raw' is short for mean_distance."
     names = as_list(value, 'methods')
-    if names == ['all']: return _all_methods(table)
+    if names == ['all']:
+        return _all_methods(table)
     return ['mean_distance' if name == 'raw' else name for name in names]
 
 # %% ../../nbs/lab/07_parameters.ipynb #60370266
@@ -90,14 +100,15 @@ def suited(
     "Leave out the methods that cannot use the extractor, and print why."
     obstacles = {name: _obstacle(name, config) for name in names}
     for name, why in obstacles.items():
-        if why: print(f'{name}: not run, {why}')
+        if why:
+            print(f'{name}: not run, {why}')
     return [name for name, why in obstacles.items() if not why]
 
 # %% ../../nbs/lab/07_parameters.ipynb #33330395
 def default_categories(
     data: str | Path | None, # Folder of categories; None for built-in data
-    table: int = 1, # Number of the table in the paper
-    config: Config | None = None, # Its settings of TILDA are used
+    table: int = 1, # Number in the paper
+    config: Config | None = None, # For TILDA
 ) -> list[str]: # Their names
     """The categories of a table where none are named.
 
@@ -113,70 +124,81 @@ def default_categories(
 _PLAIN = str, int, float, bool, list, tuple, dict, type(None)
 
 def _is_parameter(name, value):
-    "Whether a name of a notebook is a parameter, not an import or a cell of IPython."
-    if name.startswith('_') or name in ('In', 'Out'): return False
+    "Whether a name is a parameter, not an import or a cell of IPython."
+    if name.startswith('_') or name in ('In', 'Out'):
+        return False
     return isinstance(value, _PLAIN)
 
 def read_parameters(
     namespace: dict[str, object], # `globals()` right after the parameters
-    function: Callable | None = None, # Takes them; None for `run_table`
+    function: Callable | None = None, # `run_table`
 ) -> dict[str, object]: # Arguments for it
     "The parameters of a table notebook. Raises `ConfigError` for an unknown one."
-    found = {name: value for name, value in namespace.items() if _is_parameter(name, value)}
+    found = {name: value for name, value in namespace.items()
+             if _is_parameter(name, value)}
     known = list(inspect.signature(function or run_table).parameters)
     known = [name for name in known if name != 'table']
     for name, value in found.items():
         if name in known: continue
-        raise ConfigError(f'{name}={value!r}: no parameter of this notebook; '
-                          f'expected one of {", ".join(known)}')
+        raise ConfigError(
+            f'{name}={value!r}: no parameter of this notebook; '
+            f'expected one of {", ".join(known)}')
     return found
 
 # %% ../../nbs/lab/07_parameters.ipynb #08515029
 def _check_columns(chosen, table, settings):
     "Refuse decoder modes outside Table 5 or beside a decoder setting. Raises `ConfigError`."
-    modes = ', '.join(name for name in chosen if '/' in name and name not in METHODS)
+    modes = [name for name in chosen if '/' in name]
+    modes = ', '.join(name for name in modes if name not in METHODS)
     if not modes: return
     if table != 5:
-        raise ConfigError(f'methods={modes}: decoder modes are the columns of Table 5, '
-                          f'not of Table {table}')
+        raise ConfigError(
+            f'methods={modes}: decoder modes are the columns of Table 5, '
+            f'not of Table {table}')
     if 'decoder' in settings:
-        raise ConfigError(f'settings: decoder is what the columns {modes} differ in; '
-                          'expected it in one place')
+        raise ConfigError(
+            f'settings: decoder is what the columns {modes} differ in; '
+            'expected it in one place')
 
 def _check_categories(names, data):
     "Refuse built-in surfaces and textiles in one table. Raises `ConfigError`."
     textiles = set(names) & set(TEXTILES)
     if not data and 0 < len(textiles) < len(names):
-        raise ConfigError(f'categories={", ".join(names)}: expected surfaces or textiles, '
-                          'not both in one table')
+        raise ConfigError(
+            f'categories={", ".join(names)}: expected surfaces or textiles, '
+            'not both in one table')
 
 # %% ../../nbs/lab/07_parameters.ipynb #5da1d8a4
 def run_table(
-    table: int, # Number of the table in the paper
-    data: str = '', # Folder of categories; empty for built-in data
-    textures: str = '', # Folder of textures; empty for built-in ones
+    table: int, # Number in the paper
+    data: str = '', # Empty for built-in data
+    textures: str = '', # Empty for built-in ones
     profile: str = 'smoke', # Name of a profile
     extractor: str = '', # Instead of the profile's
     weights: str = '', # Instead of the profile's
-    settings: dict | str | None = None, # That differ from the profile
-    categories: list | str = '', # Empty for those of the table
+    settings: dict | str | None = None,
+    categories: list | str = '', # Empty for all
     methods: list | str = 'cse', # Names, or 'all'
-    seeds: int | list | str = 1, # Number of seeds, or a list
-    results: str = '', # Folder of results; empty for a temporary one
+    seeds: int | list | str = 1, # Number, or a list
+    results: str = '', # Empty for a temporary folder
     force: bool = False, # Run again what is on record
     device: str = 'auto', # Where to compute
-    scheduler: str = 'local', # Name of a scheduler, such as 'processes:4'
+    scheduler: str = 'local', # Or 'processes:4', …
 ) -> list[dict]: # Records
     "The runs behind a table of the paper. Raises `ConfigError` and `GridError`."
     own = as_settings(settings)
-    given = {k: v for k, v in dict(extractor=extractor, weights=weights).items() if v}
+    given = dict(extractor=extractor, weights=weights)
+    given = {name: value for name, value in given.items() if value}
     config = from_profile(profile, device=device, **given | own)
-    names = as_list(categories, 'categories') or default_categories(data, table, config)
+    names = as_list(categories, 'categories')
+    names = names or default_categories(data, table, config)
     chosen = as_methods(methods, table)
-    if as_list(methods, 'methods') == ['all']: chosen = suited(chosen, config)
+    if as_list(methods, 'methods') == ['all']:
+        chosen = suited(chosen, config)
     _check_columns(chosen, table, own)
     _check_categories(names, data)
     return grid(
         config, data or None, names, chosen, as_seeds(seeds),
-        scheduler=scheduler, textures=textures, table=table, force=force,
+        scheduler=scheduler, textures=textures,
+        table=table, force=force,
         results=results or tempfile.mkdtemp(prefix='cse-results-'))

@@ -53,10 +53,15 @@ def write_record(
 ) -> dict[str, object]: # The whole record
     "Write a record with its versions, commit and time."
     revision, dirty = commit()
-    now = datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
-    record |= dict(versions=versions(), commit=revision, dirty=dirty, time=now)
+    now = datetime.now(timezone.utc)
+    record |= dict(
+        versions=versions(),
+        commit=revision,
+        dirty=dirty,
+        time=now.strftime('%Y-%m-%dT%H:%M:%SZ'))
     text = json.dumps(record, indent=1, allow_nan=False)
-    with replacing(path) as temporary: temporary.write_text(text)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
     return record
 
 # %% ../../nbs/lab/04_records.ipynb #9e2d304c
@@ -69,11 +74,14 @@ def read_record(
     path: str | Path, # File of a record
 ) -> dict[str, object]: # The record
     "Read one record. Raises `RecordError` if it is damaged or of another schema."
-    try: record = json.loads(Path(path).read_text())
+    try:
+        record = json.loads(Path(path).read_text())
     except ValueError as e:
         raise RecordError(f'{path}: is no JSON ({e}); {_REMEDY}') from e
     if not isinstance(record, dict) or record.get('schema') != RECORD_SCHEMA:
-        raise RecordError(f'{path}: expected a record of schema {RECORD_SCHEMA}; {_REMEDY}')
+        raise RecordError(
+            f'{path}: expected a record of schema {RECORD_SCHEMA}; '
+            f'{_REMEDY}')
     return record
 
 def load_records(

@@ -31,8 +31,12 @@ from .records import RECORD_SCHEMA, read_record, run_key, write_record
 
 # %% ../../nbs/lab/05_runs.ipynb #7988bfb3
 METHODS: dict[str, Callable[..., Detector]] = {
-    'cse': CSE, 'classifier': ClassifierDetector,
-    **PEERS, **RDPP, **MIXED_TEACHER}
+    'cse': CSE,
+    'classifier': ClassifierDetector,
+    **PEERS,
+    **RDPP,
+    **MIXED_TEACHER,
+}
 
 def make_method(
     name: str, # Key of `METHODS`
@@ -40,7 +44,7 @@ def make_method(
     textures: str | Path | None = None, # Folder; None for built-in textures
     seed: int = 0, # Seed of the run
 ) -> Detector: # Not fitted
-    "A method by its name. Its `config` has the settings that it uses. Raises `ConfigError`."
+    "A method by its name. Its `config` has its settings. Raises `ConfigError`."
     if name not in METHODS:
         names = ', '.join(map(repr, METHODS))
         raise ConfigError(f'method={name!r}: expected one of {names}')
@@ -53,10 +57,12 @@ def variant(
 ) -> tuple[str, Config]: # Key of `METHODS`, and its settings
     "Method and settings of a column of a table. Raises `ConfigError`."
     method, slash, decoder = name.partition('/')
-    if name in METHODS: method, slash = name, ''
+    if name in METHODS:
+        method, slash = name, ''
     if slash and method != 'cse':
         raise ConfigError(f'method={name!r}: only cse has decoder modes')
-    if slash: config = config.replace(decoder=decoder)
+    if slash:
+        config = config.replace(decoder=decoder)
     return method, make_method(method, config).config
 
 # %% ../../nbs/lab/05_runs.ipynb #d140af8e
@@ -67,7 +73,8 @@ def resolve_data(
     names: list[str], # Categories that are needed
 ) -> tuple[Path, str]: # Folder; name in tables
     "Folder and name of the data."
-    if data: return Path(data), Path(data).resolve().name
+    if data:
+        return Path(data), Path(data).resolve().name
     textiles = set(names) <= set(TEXTILES)
     return builtin_surfaces(names), BUILTIN_TEXTILES if textiles else BUILTIN
 
@@ -76,7 +83,8 @@ def _about_data(category, name):
     "Name, fingerprint and numbers of the images of a category."
     published = published_name(category)
     return dict(
-        name=published or name, published=published,
+        name=published or name,
+        published=published,
         fingerprint=category_fingerprint(category),
         train=len(category.train),
         test_good=int((category.labels == 0).sum()),
@@ -85,11 +93,15 @@ def _about_data(category, name):
 def _about_textures(textures):
     "Name, fingerprint and number of the textures."
     if not textures:
-        return dict(name='built-in textures', fingerprint=f'built-in-v{VERSION}', images=None)
+        return dict(
+            name='built-in textures',
+            fingerprint=f'built-in-v{VERSION}',
+            images=None)
     files = image_files(textures)
     return dict(
         name=Path(textures).resolve().name,
-        fingerprint=files_fingerprint(files, textures), images=len(files))
+        fingerprint=files_fingerprint(files, textures),
+        images=len(files))
 
 # %% ../../nbs/lab/05_runs.ipynb #79e8e256
 class Identity(NamedTuple):
@@ -123,29 +135,37 @@ def check_results(
     results: str | Path, # Folder of results
 ) -> None:
     "Refuse a folder that takes no records or sheets of images. Raises `ConfigError`."
-    for part in ('records', 'pictures'): check_writable(Path(results)/part)
+    for part in ('records', 'pictures'):
+        check_writable(Path(results)/part)
 
 def _check_inputs(category, config):
     "Read all test images and masks once. Raises `DataError`."
     Images(category.test, config).check()
-    if category.masks: read_masks(category, config)
+    if category.masks:
+        read_masks(category, config)
 
 def _check_scores(scores, category):
     "Refuse scores of images that could no longer be read. Raises `DataError`."
     lost = np.flatnonzero(np.isnan(scores.image))
-    if len(lost): raise DataError(f'{category.test[lost[0]]}: could no longer be read')
+    if len(lost):
+        raise DataError(f'{category.test[lost[0]]}: could no longer be read')
 
 # %% ../../nbs/lab/05_runs.ipynb #c79ea675
 def _measure(category, scores, config):
     "Image metrics and, where there are masks and maps, pixel metrics."
     low, high = auroc_interval(category.labels, scores.image)
-    metrics = dict(auroc=float(auroc(category.labels, scores.image)),
-                   auroc_low=float(low), auroc_high=float(high),
-                   pixel_auroc=None, aupro=None)
-    if not category.masks or scores.coarse is None: return metrics
+    metrics = dict(
+        auroc=float(auroc(category.labels, scores.image)),
+        auroc_low=float(low),
+        auroc_high=float(high),
+        pixel_auroc=None,
+        aupro=None)
+    if not category.masks or scores.coarse is None:
+        return metrics
     masks, maps = read_masks(category, config), scores.map
-    return metrics | dict(pixel_auroc=float(pixel_auroc(masks, maps)),
-                          aupro=float(aupro(masks, maps)))
+    return metrics | dict(
+        pixel_auroc=float(pixel_auroc(masks, maps)),
+        aupro=float(aupro(masks, maps)))
 
 # %% ../../nbs/lab/05_runs.ipynb #b71ac3f7
 @contextmanager
@@ -156,19 +176,27 @@ def optional_sheet(
     try: yield
     except OSError as e:
         logging.getLogger(__name__).warning(
-            f'{file}: cannot be written ({e.strerror}); the record is kept without pictures')
+            f'{file}: cannot be written ({e.strerror}); '
+            'the record is kept without pictures')
 
 # %% ../../nbs/lab/05_runs.ipynb #37044d5a
 def _about_identity(identity, category, seed, table, detector):
     "What was run, on what."
-    config, origin = identity.config, detector.extractor.origin
-    if origin['weights'] == 'file': # its name and hash, not its path on this machine
+    config = identity.config
+    origin = detector.extractor.origin
+    if origin['weights'] == 'file': # the name and hash, not the path
         config = config.replace(weights=origin['tag'])
     return dict(
-        schema=RECORD_SCHEMA, key=identity.key, table=table,
-        method=identity.method, category=category,
-        profile=config.profile, config=config.to_dict(), seed=seed,
-        data=identity.data, textures=identity.textures,
+        schema=RECORD_SCHEMA,
+        key=identity.key,
+        table=table,
+        method=identity.method,
+        category=category,
+        profile=config.profile,
+        config=config.to_dict(),
+        seed=seed,
+        data=identity.data,
+        textures=identity.textures,
         extractor=detector.extractor.info,
         parameters=getattr(detector, 'about', {}))
 
@@ -183,14 +211,15 @@ def _about_scores(category, scores, metrics):
 def _about_training(detector):
     "Losses of each epoch, and the epoch that was kept."
     return dict(training=dict(
-        epochs=len(detector.history), best_epoch=detector.best_epoch,
+        epochs=len(detector.history),
+        best_epoch=detector.best_epoch,
         history=detector.history))
 
 def _about_cost(detector, seconds, peak, image):
     "Time, memory and hardware."
-    seconds = {phase: round(value, 3) for phase, value in seconds.items()}
     return dict(
-        seconds=seconds, peak_memory_mb=round(peak, 1),
+        seconds={k: round(v, 3) for k, v in seconds.items()},
+        peak_memory_mb=round(peak, 1),
         latency_ms=latency(detector, image),
         device=processor(detector.extractor.device),
         threads=torch.get_num_threads())
@@ -200,7 +229,8 @@ def _fit_and_score(detector, category, progress):
     "Scores of the test images; seconds of fitting and of scoring."
     start = time.perf_counter()
     detector.fit(category.train, progress=progress)
-    if detector.interrupted: raise KeyboardInterrupt
+    if detector.interrupted:
+        raise KeyboardInterrupt
     fitted = time.perf_counter()
     scores = detector.score(category.test)
     scored = time.perf_counter()
@@ -210,16 +240,20 @@ def _fit_and_score(detector, category, progress):
 def _perform(identity, detector, sheet, progress):
     "Scores, metrics, seconds and peak memory of a run."
     start = time.perf_counter()
-    found, config = identity.category, identity.config
+    found = identity.category
+    config = identity.config
     _check_inputs(found, config)
     checked = time.perf_counter() - start
     reset_peak_memory()
     scores, fit, score = _fit_and_score(detector, found, progress)
     metrics = _measure(found, scores, config)
     peak = peak_memory()
-    with optional_sheet(sheet): worst_pictures(found, scores, config, sheet)
+    with optional_sheet(sheet):
+        worst_pictures(found, scores, config, sheet)
     seconds = dict(detector.clock.seconds)
-    seconds |= dict(fit=checked + fit, score=score, total=time.perf_counter() - start)
+    seconds['fit'] = checked + fit
+    seconds['score'] = score
+    seconds['total'] = time.perf_counter() - start
     return scores, metrics, seconds, peak
 
 def run(
@@ -239,7 +273,8 @@ def run(
     identity = identify(config, data, category, method, seed, textures)
     detector = make_method(identity.method, identity.config, textures, seed)
     path = Path(results)/'records'/f'{identity.key}.json'
-    if path.exists() and not force: return read_record(path)
+    if path.exists() and not force:
+        return read_record(path)
     check_results(results)
     sheet = Path(results)/'pictures'/f'{identity.key}.webp'
     scores, metrics, seconds, peak = _perform(identity, detector, sheet, progress)

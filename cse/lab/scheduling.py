@@ -51,16 +51,24 @@ def remaining(
 # %% ../../nbs/lab/02_scheduling.ipynb #b0640b91
 def as_scheduler(
     text: str, # Such as 'processes:4'
-) -> tuple[str, int | str | None]: # 'local', 'processes' or 'address'; number, or address
-    "Split the name of a scheduler. Raises `ConfigError`."
+) -> tuple[str, int | str | None]: # Kind and place
+    """Split the name of a scheduler. Raises `ConfigError`.
+
+    The kind is 'local', 'processes' or 'address'.
+    The place is a number of processes or an address."""
     kind, _, count = str(text).partition(':')
-    if kind == 'local' and not count: return 'local', None
-    if kind == 'processes' and not count: return 'processes', None
-    if kind == 'processes' and count.isdecimal() and int(count): return 'processes', int(count)
-    if '://' in str(text) or Path(text).is_file(): return 'address', str(text)
-    raise ConfigError(f'scheduler={text!r}: expected local, processes, processes:N, '
-                      'the address of a Dask scheduler such as tcp://host:8786, '
-                      'or its scheduler file')
+    if kind == 'local' and not count:
+        return 'local', None
+    if kind == 'processes' and not count:
+        return 'processes', None
+    if kind == 'processes' and count.isdecimal() and int(count):
+        return 'processes', int(count)
+    if '://' in str(text) or Path(text).is_file():
+        return 'address', str(text)
+    raise ConfigError(
+        f'scheduler={text!r}: expected local, processes, processes:N, '
+        'the address of a Dask scheduler such as tcp://host:8786, '
+        'or its scheduler file')
 
 # %% ../../nbs/lab/02_scheduling.ipynb #d11d3871
 def _visible_gpus():
@@ -72,7 +80,8 @@ def _visible_gpus():
 
 def _visible_cores():
     "How many cores this process may use."
-    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 def _worker_options(count, gpus):
@@ -81,16 +90,22 @@ def _worker_options(count, gpus):
     if gpus:
         count = count or len(devices)
         if not 0 < count <= len(devices):
-            raise ConfigError(f'scheduler=processes:{count or ""}: expected at most '
-                              f'one process a GPU, of which there are {len(devices)}')
+            raise ConfigError(
+                f'scheduler=processes:{count or ""}: expected at most '
+                f'one process a GPU, of which there are {len(devices)}')
     cores = _visible_cores()
     count = count or cores
     resources = {'threads': max(1, cores // count)}
     if gpus: resources['GPU'] = 1
-    common = dict(nthreads=1, memory_limit=None, resources=resources,
-                  silence_logs=logging.CRITICAL)
-    if not gpus: return [common | dict(env={})] * count
-    return [common | dict(env={'CUDA_VISIBLE_DEVICES': name}) for name in devices[:count]]
+    common = dict(
+        nthreads=1,
+        memory_limit=None,
+        resources=resources,
+        silence_logs=logging.CRITICAL)
+    if not gpus:
+        return [common | dict(env={})] * count
+    own = [{'CUDA_VISIBLE_DEVICES': name} for name in devices[:count]]
+    return [common | dict(env=env) for env in own]
 
 # %% ../../nbs/lab/02_scheduling.ipynb #b043be35
 _THREADS = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'
@@ -102,16 +117,18 @@ def _dask_settings(threads):
         # a lost task is reported at once and handed out again here
         'distributed.scheduler.allowed-failures': 0,
         'distributed.worker.profile.enabled': False,
-        # The default of 15 s is too short for several new workers that import torch at once:
-        # Dask would give up on them.
+        # several new workers that import torch at once may need more
+        # than the default of 15 s; then Dask would give up on them
         'distributed.deploy.lost-worker-timeout': '1h',
     }
 
 def _close(cluster, others):
-    "Close a cluster. A worker that is just starting can prevent that, so kill what is left."
-    with contextlib.suppress(TimeoutError): cluster.close(timeout=5)
+    "Close a cluster, and kill workers that are just starting."
+    with contextlib.suppress(TimeoutError):
+        cluster.close(timeout=5)
     for process in set(multiprocessing.active_children()) - others:
-        if 'Dask' in process.name: process.kill()
+        if 'Dask' in process.name:
+            process.kill()
 
 @contextlib.contextmanager
 def _processes(count, gpus):
@@ -126,18 +143,21 @@ def _processes(count, gpus):
     with dask.config.set(_dask_settings(options[0]['resources']['threads'])):
         cluster = SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL)
         try: yield cluster
-        finally: _close(cluster, others)
+        finally:
+            _close(cluster, others)
 
 # %% ../../nbs/lab/02_scheduling.ipynb #a30e3f92
 @contextlib.contextmanager
 def _kept_environment(names):
-    "Restore environment variables at the end: Dask changes them in this process too."
+    "Restore environment variables at the end, since Dask changes them."
     before = {name: os.environ.get(name) for name in names}
     try: yield
     finally:
         for name, value in before.items():
-            if value is None: os.environ.pop(name, None)
-            else: os.environ[name] = value
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 def _client(place, name):
     "A client of the scheduler at an address, of a scheduler file, or of a cluster."
@@ -147,7 +167,8 @@ def _client(place, name):
             return Client(scheduler_file=place, timeout=10)
         return Client(place, timeout=10)
     except (OSError, TimeoutError, ValueError) as e:
-        raise ConfigError(f'scheduler={name!r}: no Dask scheduler answers there ({e})') from e
+        raise ConfigError(
+            f'scheduler={name!r}: no Dask scheduler answers there ({e})') from e
 
 # Ctrl-C on a terminal reaches all processes; only this one answers it
 _ignore_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
@@ -157,25 +178,28 @@ def connect(
     scheduler: str, # 'processes', 'processes:N', an address, or a scheduler file
     gpus: bool = False, # Whether tasks need a GPU
 ): # A Dask client
-    "Connect to a cluster, or start processes that end with the block. Raises `ConfigError`."
+    "Connect to a cluster, or to processes that end with the block."
     kind, place = as_scheduler(scheduler)
     try: import distributed
     except ImportError:
-        raise ConfigError(f'scheduler={scheduler!r}: needs Dask, which is not installed: '
-                          "pip install 'cse[cluster]'") from None
+        raise ConfigError(
+            f'scheduler={scheduler!r}: needs Dask, which is not installed: '
+            "pip install 'cse[cluster]'") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept_environment(_THREADS))
         if kind == 'processes':
             place = stack.enter_context(_processes(place, gpus))
         client = stack.enter_context(_client(place, scheduler))
-        if kind == 'processes': client.register_worker_callbacks(_ignore_ctrl_c)
+        if kind == 'processes':
+            client.register_worker_callbacks(_ignore_ctrl_c)
         yield client
 
 # %% ../../nbs/lab/02_scheduling.ipynb #3c7e0d3c
 def _room(worker, need):
     "How many tasks of a kind one worker can run at the same time."
     offered = worker['resources']
-    fits = [int(offered.get(name, 0) // amount) for name, amount in need.items()]
+    fits = [int(offered.get(name, 0) // amount)
+            for name, amount in need.items()]
     return min([worker['nthreads'], *fits])
 
 def slots(
@@ -195,7 +219,9 @@ class _Board:
         self.progress = progress
         self.terminal = progress and sys.stderr.isatty()
         self.told = time.monotonic()
-        self.bar = tqdm(bar_format='{desc}', dynamic_ncols=True, disable=not self.terminal)
+        self.bar = tqdm(
+            bar_format='{desc}', dynamic_ncols=True,
+            disable=not self.terminal)
 
     def count(self, outcome):
         self.done += 1
@@ -235,7 +261,8 @@ class _Running(NamedTuple):
 class _Watch:
     "Sees the workers of a Dask client, the tasks on them, and since when they run."
     def __init__(self, client, patience):
-        self.client, self.patience = client, patience
+        self.client = client
+        self.patience = patience
         self.workers = {} # Address → what Dask says about it
         self.since = {} # (key of a future, address) → first seen there
         self.looked = 0.
@@ -244,16 +271,22 @@ class _Watch:
     def is_due(self): return time.monotonic() - self.looked > 1
 
     def look(self, running):
-        "Ask Dask for its workers and their tasks. Raises `WorkerLost` if there is none for long."
+        "Ask Dask for its workers and their tasks. Raises `WorkerLost`."
         now = self.looked = time.monotonic()
-        self.workers = self.client.scheduler_info(n_workers=-1)['workers']
+        info = self.client.scheduler_info(n_workers=-1)
+        self.workers = info['workers']
         if self.workers: self.alive = now
         if now - self.alive > max(self.patience, 600):
-            raise WorkerLost(f'there was no worker for {now - self.alive:.0f} s; '
-                             'what was finished is kept')
-        processing = self.client.processing().items()
-        seen = {(key, address) for address, keys in processing for key in keys}
-        self.since = {place: self.since.get(place, now) for place in seen if place[0] in running}
+            raise WorkerLost(
+                f'there was no worker for {now - self.alive:.0f} s; '
+                'what was finished is kept')
+        since = {}
+        for address, keys in self.client.processing().items():
+            for key in keys:
+                place = key, address
+                if key in running:
+                    since[place] = self.since.get(place, now)
+        self.since = since
 
     def remove_hung(self, running):
         "Remove the workers whose task exceeds its limit."
@@ -267,8 +300,9 @@ class _Watch:
 
     def busy(self, running):
         "What each worker runs: its name → title of the task."
+        there = [place for place in self.since if place[1] in self.workers]
         return {self.workers[address]['name']: running[key].task.title
-                for key, address in self.since if address in self.workers}
+                for key, address in there}
 
 # %% ../../nbs/lab/02_scheduling.ipynb #91bc8428
 def _need(task): return tuple(sorted(task.resources.items()))
@@ -283,7 +317,9 @@ def _longest_first(tasks):
 class _Dispatcher:
     "Hands tasks to the workers of a Dask client and collects their outcomes."
     def __init__(self, client, function, tasks, retries, watch):
-        self.client, self.function, self.watch = client, function, watch
+        self.client = client
+        self.function = function
+        self.watch = watch
         self.retries = retries
         self.waiting = _longest_first(tasks)
         self.running = {} # Key of a future → `_Running`
@@ -299,52 +335,69 @@ class _Dispatcher:
         for need, group in self.waiting.items():
             free = slots(workers, dict(need)) - used[need]
             free = min(free, slots(workers, {}) - len(self.running))
-            for _ in range(min(free, len(group))): self._submit(group.popleft())
+            for _ in range(min(free, len(group))):
+                self._submit(group.popleft())
 
     def _submit(self, task):
         need = task.resources or None
-        future = self.client.submit(self.function, *task.args, pure=False, resources=need)
-        self.running[future.key] = _Running(task, time.monotonic(), future)
+        future = self.client.submit(
+            self.function, *task.args, pure=False, resources=need)
+        now = time.monotonic()
+        self.running[future.key] = _Running(task, now, future)
         future.add_done_callback(self.finished.put)
 
     def collect(self):
-        "Wait up to a second for an outcome. None if there is none, or if the task runs again."
+        "Wait up to a second for an outcome. None if a task runs again."
         from distributed import KilledWorker
-        try: future = self.finished.get(timeout=1)
+        try:
+            future = self.finished.get(timeout=1)
         except queue.Empty: return None
         task, start, _ = self.running.pop(future.key)
-        if future.cancelled(): raise ConnectionError('the Dask scheduler was lost')
+        if future.cancelled():
+            raise ConnectionError('the Dask scheduler was lost')
         value = error = None
-        if future.status != 'error': value = future.result()
-        else: error = future.exception()
+        if future.status == 'error':
+            error = future.exception()
+        else:
+            value = future.result()
         if isinstance(error, KilledWorker):
             error = self._count_loss(task)
             if not error: return None
-        elif error: error = error.with_traceback(future.traceback())
+        elif error:
+            error = error.with_traceback(future.traceback())
         return Outcome(task, time.monotonic() - start, value, error)
 
     def _count_loss(self, task):
-        "Put a task back whose worker was lost. The error if that happened too often."
-        self.watch.looked = 0. # look at the workers before the next task is handed out
+        "Put a task back whose worker was lost. An error if that is too often."
+        self.watch.looked = 0. # look again before the next task
         self.lost[task.title] += 1
         if self.lost[task.title] <= self.retries:
             self.waiting[_need(task)].appendleft(task)
             return None
-        return WorkerLost('its worker was lost, or hung and was removed, '
-                          f'{self.lost[task.title]} times')
+        return WorkerLost(
+            'its worker was lost, or hung and was removed, '
+            f'{self.lost[task.title]} times')
 
     def cancel(self):
-        self.client.cancel([run.future for run in self.running.values()])
+        futures = [run.future for run in self.running.values()]
+        self.client.cancel(futures)
 
 # %% ../../nbs/lab/02_scheduling.ipynb #f22da2ca
+def _described(need):
+    "What a task needs, such as GPU=1."
+    words = [f'{name}={amount}' for name, amount in need]
+    return ' '.join(words) or 'a free thread'
+
 def _state(dispatcher, watch):
-    "What the display shows: estimates of what is left, places, running tasks, missing workers."
-    workers, running = watch.workers, dispatcher.running
-    waiting = {need: group for need, group in dispatcher.waiting.items() if group}
-    left = [task.seconds for group in waiting.values() for task in group]
-    left += [run.task.seconds for run in running.values()]
-    missing = [' '.join(f'{name}={amount}' for name, amount in need) or 'a free thread'
-               for need in waiting if not slots(workers, dict(need))]
+    "Estimates of what is left, places, running tasks, missing workers."
+    workers = watch.workers
+    running = dispatcher.running
+    left = [run.task.seconds for run in running.values()]
+    missing = []
+    for need, group in dispatcher.waiting.items():
+        left += [task.seconds for task in group]
+        if group and not slots(workers, dict(need)):
+            missing.append(_described(need))
     return left, slots(workers, {}), watch.busy(running), missing
 
 def _distribute(client, function, tasks, retries, patience, board):
@@ -361,7 +414,8 @@ def _distribute(client, function, tasks, retries, patience, board):
             if outcome := dispatcher.collect():
                 board.count(outcome)
                 yield outcome
-    finally: dispatcher.cancel()
+    finally:
+        dispatcher.cancel()
 
 # %% ../../nbs/lab/02_scheduling.ipynb #c2a5364c
 def _run_here(function, tasks, progress):
@@ -393,6 +447,9 @@ def run_tasks(
     gpus = any(task.resources.get('GPU') for task in tasks)
     named = isinstance(scheduler, (str, Path))
     board = _Board(len(tasks), progress)
-    connection = connect(scheduler, gpus) if named else contextlib.nullcontext(scheduler)
+    if named:
+        connection = connect(scheduler, gpus)
+    else:
+        connection = contextlib.nullcontext(scheduler)
     with connection as client, contextlib.closing(board.bar):
         yield from _distribute(client, function, tasks, retries, patience, board)
