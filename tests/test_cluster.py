@@ -274,8 +274,14 @@ except KeyboardInterrupt: print("interrupted")
 
 def left_of(group):
     "Processes of a group that still run."
-    running = [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in running if os.getpgid(p.pid) == group]
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
+            continue
+    return left
 
 
 def test_ctrl_c_ends_all_processes():

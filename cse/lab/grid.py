@@ -48,9 +48,10 @@ def estimates(
     for path in (Path(results)/'records').glob('*.json'):
         try:
             record = read_record(path)
-            found[record['method']].append(_pace(record))
+            pace = _pace(record)
         except (RecordError, *_INCOMPLETE):
             continue
+        found[record['method']].append(pace)
     return {method: float(np.median(paces)) for method, paces in found.items()}
 
 # %% ../../nbs/lab/06_grid.ipynb #4c851987
