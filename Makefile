@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 PROFILE ?= smoke
-TABLES ?= table1_mvtec table2_tilda $(if $(filter clean,$(PROFILE)),,table3_speed) table4_classifier table5_decoder
+TABLES ?= table1_mvtec table2_tilda table3_speed table4_classifier table5_decoder
 DATA ?= $(MVTEC)
 TEXTURES ?= $(DTD)
 # Table 2 has data of its own

@@ -322,7 +322,8 @@ def tables(
     """
     with _errors('interrupted; what was finished is kept'):
         from cse.config import ConfigError, from_profile
-        from cse.lab.runs import GridError, run_table
+        from cse.lab.grid import GridError
+        from cse.lab.parameters import run_table
         from cse.lab.comparison import comparison
         from cse.lab.published import PUBLISHED
         from cse.lab.tables import caption, publish

@@ -15,7 +15,10 @@ from cse.config import ConfigError
 from cse.data.images import DataError, Images, read_image
 from cse.data.folders import load_category, read_masks, texture_images
 from cse.defects import DefectGenerator
-from cse.lab.runs import grid, load_records, run, run_table
+from cse.lab.records import load_records
+from cse.lab.runs import run
+from cse.lab.grid import grid
+from cse.lab.parameters import run_table
 from cse.deploy.export import ExportError, export
 from cse.data.builtin import builtin_textures
 

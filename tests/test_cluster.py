@@ -1,4 +1,4 @@
-"""Runs in processes: workers that are killed and hang, what scheduling costs, and the files for SLURM and Kubernetes."""
+"""Runs in processes: workers that die or hang, the cost of scheduling, SLURM and Kubernetes."""
 import json
 import os
 import re
@@ -12,6 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 import yaml
@@ -20,120 +21,157 @@ from distributed.cli import dask_scheduler, dask_worker
 
 from cse.config import Config, ConfigError
 from cse.data.images import DataError
-from cse.lab.runs import RECORD_SCHEMA, GridError, _gather, _run_elsewhere, grid, identify, load_records
-from cse.lab.tables import publish
+from cse.lab import runs
+from cse.lab.grid import GridError, _fetch, _run_on_worker, grid
+from cse.lab.records import RECORD_SCHEMA, load_records
+from cse.lab.runs import identify
 from cse.lab.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
+from cse.lab.tables import publish
 
 RUNS = int(os.environ.get('CLUSTER_RUNS', 200))
 WORKERS, SECONDS = (16, 1.0) if RUNS >= 1000 else (4, 0.2)
 CLUSTER = Path(__file__).parent.parent / 'params/cluster'
 
-# a method for workers, as Dask preloads it; two of its seeds tell their process id once and wait: one to be killed, one until it is removed
+# A method for workers, loaded by Dask's preload. Two of its seeds write down their process id once
+# and wait: seed 5 to be killed, seed 6 until its worker is removed.
 METHOD = '''
 import os, time
 from types import SimpleNamespace
 import torch
-from cse.lab import runs as experiments
 from cse.data.images import Images
 from cse.detector import Detector
+from cse.lab import runs
+
+def wait_once(seed):
+    mark = os.path.join(os.environ.get("CSE_TEST_MARKS", ""), f"{seed}")
+    if "CSE_TEST_MARKS" not in os.environ or os.path.exists(mark): return
+    with open(mark + ".new", "w") as f: f.write(str(os.getpid()))
+    os.replace(mark + ".new", mark)
+    time.sleep(1000)
 
 class Mean(Detector):
     def fit(self, images, progress=True):
         Images(images, self.config).check()
-        self.extractor = SimpleNamespace(origin=dict(weights="none"), info=dict(name="none", sha256=None), device=torch.device("cpu"))
-        mark = os.path.join(os.environ.get("CSE_TEST_MARKS", ""), f"{self.seed}")
-        if "CSE_TEST_MARKS" in os.environ and self.seed in (5, 6) and not os.path.exists(mark):
-            with open(mark + ".new", "w") as f: f.write(str(os.getpid()))
-            os.replace(mark + ".new", mark)
-            time.sleep(1000)
+        self.extractor = SimpleNamespace(
+            origin=dict(weights="none"), info=dict(name="none", sha256=None), device=torch.device("cpu"))
+        if self.seed in (5, 6): wait_once(self.seed)
         if self.seed == 99: raise ValueError("a run that cannot succeed")
         self._fitted = True
         return self
-    def _scored(self, images): return (images.mean((1, 2, 3)) * (self.seed + 1)).sin(), torch.zeros(len(images), 2, 2)
 
-experiments.METHODS["mean"] = Mean
+    def _scored(self, images):
+        return (images.mean((1, 2, 3)) * (self.seed + 1)).sin(), torch.zeros(len(images), 2, 2)
+
+runs.METHODS["mean"] = Mean
 '''
 SMALL = Config.smoke(resize=40, crop=32)
 
 
 @pytest.fixture
 def method(tmp_path, monkeypatch):
-    "The method, here and on workers that are started from now on."
-    import dask
-    from cse.lab import runs as experiments
-    monkeypatch.setattr(experiments, 'METHODS', dict(experiments.METHODS))
+    "The method, here and on workers that start from now on."
+    monkeypatch.setattr(runs, 'METHODS', dict(runs.METHODS))
     (path := tmp_path / 'mean.py').write_text(METHOD)
     exec(METHOD, {})
-    with dask.config.set({'distributed.worker.preload': [str(path)]}): yield
+    with dask.config.set({'distributed.worker.preload': [str(path)]}):
+        yield
 
 
 def told(results):
-    "What records say, apart from times, machine and memory."
-    return {r['key']: (r['method'], r['category'], r['seed'], r['config'], r['labels'], r['scores'], r['metrics']) for r in load_records(results)}
+    "Contents of the records, without times, machine and memory."
+    names = 'method', 'category', 'seed', 'config', 'labels', 'scores', 'metrics'
+    return {r['key']: [r[name] for name in names] for r in load_records(results)}
 
 
 def tables(results):
     return {p.name: p.read_text() for p in (Path(results) / 'tables').glob('*.csv')}
 
 
+def kill_when_marked(mark):
+    "Kill the process that writes its id into a file."
+    while not mark.exists():
+        time.sleep(0.05)
+    os.kill(int(mark.read_text()), signal.SIGKILL)
+
+
 def test_one_worker_killed_and_one_hung(surface, tmp_path, monkeypatch, method, capsys, record_property):
     "Four processes, 24 runs: the records and the table are those of an undisturbed grid in this process."
+    local, cluster, marks = (tmp_path / name for name in ('local', 'cluster', 'marks'))
     ask = dict(data=surface, names=['gravel'], methods=['mean'], seeds=list(range(24)))
-    publish(grid(SMALL, **ask, results=tmp_path / 'local', progress=False), 1, tmp_path / 'local')
-    (marks := tmp_path / 'marks').mkdir()
+    publish(grid(SMALL, **ask, results=local, progress=False), 1, local)
+    marks.mkdir()
     monkeypatch.setenv('CSE_TEST_MARKS', str(marks))
-
-    def kill():
-        while not (marks / '5').exists(): time.sleep(0.05)
-        os.kill(int((marks / '5').read_text()), signal.SIGKILL)
-    (killer := threading.Thread(target=kill, daemon=True)).start()
-    records = grid(SMALL, **ask, results=tmp_path / 'cluster', scheduler='processes:4', patience=30)
+    killer = threading.Thread(target=kill_when_marked, args=(marks / '5',), daemon=True)
+    killer.start()
+    records = grid(SMALL, **ask, results=cluster, scheduler='processes:4', patience=30)
     killer.join(timeout=1)
-    assert not killer.is_alive() and {p.name for p in marks.iterdir()} == {'5', '6'}
-    assert [r['seed'] for r in records] == list(range(24)) and len(list((tmp_path / 'cluster/records').iterdir())) == 24
-    assert told(tmp_path / 'cluster') == told(tmp_path / 'local')
-    publish(records, 1, tmp_path / 'cluster')
-    assert tables(tmp_path / 'cluster') == tables(tmp_path / 'local') != {}
+    assert not killer.is_alive()
+    assert {p.name for p in marks.iterdir()} == {'5', '6'}
+    assert [r['seed'] for r in records] == list(range(24))
+    assert len(list((cluster / 'records').iterdir())) == 24
+    assert told(cluster) == told(local)
+    publish(records, 1, cluster)
+    assert tables(cluster) == tables(local) != {}
     assert capsys.readouterr().out.count('AUROC') == 24
-    for pid in marks.iterdir(): assert not Path(f'/proc/{pid.read_text()}').exists(), 'a worker was left behind'
-    record_property('cluster', '24 runs in 4 processes, 1 killed, 1 hung and removed: 24 records, 0 lost, 0 doubled, table equal')
+    for pid in marks.iterdir():
+        assert not Path(f'/proc/{pid.read_text()}').exists(), 'a worker was left behind'
+    record_property('cluster', '24 runs in 4 processes, 1 killed, 1 hung and removed: '
+                               '24 records, 0 lost, 0 doubled, table equal')
 
 
 def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
     "Data in another place, results that cannot be written there, and data that differs."
     moved = Path(shutil.copytree(surface, tmp_path / 'elsewhere' / Path(surface).name))
     call = dict(config=SMALL, data=str(surface), category='gravel', method='mean', seed=1)
-    key = identify(**call)[-1]
+    key = identify(**call).key
     monkeypatch.setenv('CSE_DATA', str(moved))
     (wall := tmp_path / 'wall').write_text('a file')
-    text, pictures = _run_elsewhere(call | dict(data='/nowhere'), str(wall / 'results'), key)
-    outcome = _gather(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
-    assert told(tmp_path).keys() == {key} and outcome.value == load_records(tmp_path)[0] == json.loads(text)
+    text, pictures = _run_on_worker(call | dict(data='/nowhere'), str(wall / 'results'), key)
+    outcome = _fetch(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
+    assert told(tmp_path).keys() == {key}
+    assert outcome.value == load_records(tmp_path)[0] == json.loads(text)
     assert (tmp_path / f'pictures/{key}.webp').read_bytes() == pictures and pictures[:4] == b'RIFF'
-    assert _run_elsewhere(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
+    assert _run_on_worker(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
     (moved / 'gravel/train/good/00.png').unlink()
-    with pytest.raises(DataError, match='expected the same images'): _run_elsewhere(call, str(tmp_path), key)
+    with pytest.raises(DataError, match='expected the same images'):
+        _run_on_worker(call, str(tmp_path), key)
 
 
 @pytest.mark.parametrize('full, kept', [('pictures', True), ('records', False)])
 def test_a_disk_full_at_the_caller_costs_a_run_or_its_pictures(tmp_path, monkeypatch, caplog, full, kept):
     "The rest of the grid goes on."
     write = Path.write_bytes
+
     def fail(path, content):
-        if path.parent.name == full: raise OSError(28, 'No space left on device')
+        if path.parent.name == full:
+            raise OSError(28, 'No space left on device')
         return write(path, content)
+
     monkeypatch.setattr(Path, 'write_bytes', fail)
-    outcome = _gather(Outcome(Task('a run'), 1., (json.dumps(dict(schema=RECORD_SCHEMA)), b'RIFF')), tmp_path, 'key')
-    assert (tmp_path / 'records/key.json').exists() == kept == (outcome.error is None) and not (tmp_path / 'pictures/key.webp').exists()
+    record = json.dumps(dict(schema=RECORD_SCHEMA)).encode()
+    outcome = _fetch(Outcome(Task('a run'), 1., (record, b'RIFF')), tmp_path, 'key')
+    assert (tmp_path / 'records/key.json').exists() == kept == (outcome.error is None)
+    assert not (tmp_path / 'pictures/key.webp').exists()
     assert f'{full}/key.' in (caplog.text if kept else str(outcome.error))
 
 
 def test_failed_runs_are_gathered_and_finished_ones_are_not_sent_again(surface, tmp_path, method, capsys):
     ask = dict(data=surface, names=['gravel'], methods=['mean'], results=tmp_path, scheduler='processes:1')
-    with pytest.raises(GridError, match=r'1 of 3 runs failed:\n\[2/3\] mean gravel seed 99: failed, ValueError: a run that cannot succeed'): grid(SMALL, seeds=[0, 99, 1], **ask)
+    failure = r'\[2/3\] mean gravel seed 99: failed, ValueError: a run that cannot succeed'
+    with pytest.raises(GridError, match=rf'1 of 3 runs failed:\n{failure}'):
+        grid(SMALL, seeds=[0, 99, 1], **ask)
     started = time.perf_counter()
-    assert [r['seed'] for r in grid(SMALL, seeds=[1, 0], **ask)] == [1, 0] and time.perf_counter() - started < 2
+    assert [r['seed'] for r in grid(SMALL, seeds=[1, 0], **ask)] == [1, 0]
+    assert time.perf_counter() - started < 2
     assert capsys.readouterr().out.count('on record') == 2
+
+
+def test_a_damaged_record_fails_its_run_before_workers_start(surface, tmp_path, method):
+    ask = dict(data=surface, names=['gravel'], methods=['mean'], results=tmp_path, progress=False)
+    record, = grid(SMALL, **ask)
+    (tmp_path / 'records' / f'{record["key"]}.json').write_text('{"schema": 99}')
+    with pytest.raises(GridError, match=r'(?s)1 of 1 runs failed:.*RecordError.*force=True'):
+        grid(SMALL, **ask, scheduler='processes:1')
 
 
 # a module of its own, so that workers do not import what tests import
@@ -143,119 +181,182 @@ from pathlib import Path
 
 def tell(folder, number):
     (mark := Path(folder) / str(number)).open('a').write('x')
+    first = mark.read_text() == 'x'
     if number < 2: time.sleep(0.5)
-    if number == 0 and mark.read_text() == 'x' or number == 1: os.kill(os.getpid(), signal.SIGKILL)
+    if number == 0 and first or number == 1: os.kill(os.getpid(), signal.SIGKILL)
     if number == 2: raise ValueError('an error')
-    if number == 3 or number in (20, 21) and mark.read_text() == 'x': time.sleep(1000)
+    if number == 3 or number in (20, 21) and first: time.sleep(1000)
     return os.environ['OMP_NUM_THREADS'], signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 '''
 
 
-def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, monkeypatch):
+@pytest.fixture
+def tell(tmp_path, monkeypatch):
+    "A function whose calls 0 and 1 die, 2 fails, and 3, 20 and 21 hang: 0, 20 and 21 only the first time."
     (tmp_path / 'told_by_workers.py').write_text(TELL)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'told_by_workers', raising=False)
     from told_by_workers import tell
-    tasks = [Task(f'task {i}', (str(tmp_path), i), seconds=0.1) for i in range(12)]
-    found = {o.task.args[1]: o for o in run_tasks(tell, tasks, 'processes:2', retries=1, patience=5)}
+    return tell
+
+
+def calls_of(folder, number):
+    "How often a call was made."
+    return len((folder / str(number)).read_text())
+
+
+def numbered(folder, numbers):
+    return [Task(f'task {i}', (str(folder), i), seconds=0.1) for i in numbers]
+
+
+def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, tell):
+    tasks = numbered(tmp_path, range(12))
+    outcomes = run_tasks(tell, tasks, 'processes:2', retries=1, patience=5)
+    found = {o.task.args[1]: o for o in outcomes}
     assert found.keys() == set(range(12))
-    assert all(found[i].value == (str(max(1, len(os.sched_getaffinity(0)) // 2)), True) for i in (0, *range(4, 12)))
-    assert all(isinstance(found[i].error, WorkerLost) and '2 times' in str(found[i].error) for i in (1, 3)) and str(found[2].error) == 'an error'
-    first, *others = [len((tmp_path / str(i)).read_text()) for i in range(4)]
-    assert first >= 2 and others == [2, 1, 2] # Dask computes a result again that is lost with its worker before it was fetched
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert all(found[i].value == (str(threads), True) for i in (0, *range(4, 12)))
+    for i in (1, 3):
+        assert isinstance(found[i].error, WorkerLost) and '2 times' in str(found[i].error)
+    assert str(found[2].error) == 'an error'
+    # Dask computes a result again that is lost with its worker before it is fetched
+    assert calls_of(tmp_path, 0) >= 2
+    assert [calls_of(tmp_path, i) for i in (1, 2, 3)] == [2, 1, 2]
 
 
-def test_workers_that_hang_at_once_are_all_replaced(tmp_path, monkeypatch):
+def test_workers_that_hang_at_once_are_all_replaced(tmp_path, tell):
     "However long new ones need: Dask would give up a place after a while."
-    import dask
-    (tmp_path / 'told_by_workers.py').write_text(TELL)
-    monkeypatch.syspath_prepend(tmp_path)
-    from told_by_workers import tell
+    tasks = numbered(tmp_path, [20, 21, 22, 23])
     with dask.config.set({'distributed.deploy.lost-worker-timeout': '10ms'}):
-        found = list(run_tasks(tell, [Task(f'task {i}', (str(tmp_path), i), seconds=0.1) for i in (20, 21, 22, 23)], 'processes:2', patience=5))
-    assert [o.error for o in found] == [None] * 4 and {len((tmp_path / str(i)).read_text()) for i in (20, 21)} == {2}
+        found = list(run_tasks(tell, tasks, 'processes:2', patience=5))
+    assert [o.error for o in found] == [None] * 4
+    assert [calls_of(tmp_path, i) for i in (20, 21)] == [2, 2]
 
 
 def test_a_dask_scheduler_of_ones_own(tmp_path):
-    "By address and by file; the longest task first; a task that no worker has room for waits, and is named."
+    "By address and by file, the longest task first."
     tasks = [Task(str(s), (s,), seconds=s, resources={'GPU': 1}) for s in (0.1, 0.3, 0.2)]
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol='tcp', dashboard_address=None, resources={'GPU': 1}) as cluster:
-        assert [o.task.title for o in run_tasks(time.sleep, tasks, cluster.scheduler_address, progress=False)] == ['0.3', '0.2', '0.1']
-        (tmp_path / 'scheduler.json').write_text(json.dumps(cluster.scheduler.identity()))
-        assert [o.error for o in run_tasks(time.sleep, tasks[:1], str(tmp_path / 'scheduler.json'), progress=False)] == [None]
-    with pytest.raises(ConfigError, match='no Dask scheduler answers'): next(run_tasks(time.sleep, tasks, 'tcp://127.0.0.1:9'))
+    own = dict(n_workers=1, threads_per_worker=1, processes=False, protocol='tcp', dashboard_address=None)
+    with LocalCluster(**own, resources={'GPU': 1}) as cluster:
+        found = run_tasks(time.sleep, tasks, cluster.scheduler_address, progress=False)
+        assert [o.task.title for o in found] == ['0.3', '0.2', '0.1']
+        (file := tmp_path / 'scheduler.json').write_text(json.dumps(cluster.scheduler.identity()))
+        found = run_tasks(time.sleep, tasks[:1], str(file), progress=False)
+        assert [o.error for o in found] == [None]
+    with pytest.raises(ConfigError, match='no Dask scheduler answers'):
+        next(run_tasks(time.sleep, tasks, 'tcp://127.0.0.1:9'))
 
 
 @pytest.mark.parametrize('scheduler', ['slurm', 'processes:0', 'processes:many', 'local:2', ''])
 def test_schedulers_that_do_not_exist_are_refused(surface, tmp_path, scheduler):
-    with pytest.raises(ConfigError, match='expected local, processes'): grid(SMALL, surface, ['gravel'], results=tmp_path, scheduler=scheduler)
+    with pytest.raises(ConfigError, match='expected local, processes'):
+        grid(SMALL, surface, ['gravel'], results=tmp_path, scheduler=scheduler)
     assert not list(tmp_path.iterdir())
 
 
 def test_without_dask(monkeypatch):
     monkeypatch.setitem(sys.modules, 'distributed', None)
-    assert [o.value for o in run_tasks(abs, [Task('one', (-1,))])] == [1]
-    with pytest.raises(ConfigError, match=r"pip install 'cse\[cluster\]'"): next(run_tasks(abs, [Task('one', (-1,))], 'processes'))
+    tasks = [Task('one', (-1,))]
+    assert [o.value for o in run_tasks(abs, tasks)] == [1]
+    with pytest.raises(ConfigError, match=r"pip install 'cse\[cluster\]'"):
+        next(run_tasks(abs, tasks, 'processes'))
 
 
-def test_ctrl_c_ends_all_processes(tmp_path):
-    code = ('import time\nfrom cse.lab.scheduling import *\n'
-            'try: [print(o.task.title, flush=True) for o in run_tasks(time.sleep, [Task("first", (0.1,), 99)] + [Task("long", (600,))] * 3, "processes:2")]\n'
-            'except KeyboardInterrupt: print("interrupted")')
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+INTERRUPTED = '''
+import time
+from cse.lab.scheduling import Task, run_tasks
+tasks = [Task("first", (0.1,), 99)] + [Task("long", (600,))] * 3
+try:
+    for outcome in run_tasks(time.sleep, tasks, "processes:2"): print(outcome.task.title, flush=True)
+except KeyboardInterrupt: print("interrupted")
+'''
+
+
+def left_of(group):
+    "Processes of a group that still run."
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
+            continue
+    return left
+
+
+def test_ctrl_c_ends_all_processes():
+    process = subprocess.Popen([sys.executable, '-c', INTERRUPTED], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
     assert process.stdout.readline() == 'first\n'
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
     out, _ = process.communicate(timeout=60)
     assert out.endswith('interrupted\n') and 'Traceback' not in out
-    left = lambda: [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getpgid(p.pid) == process.pid]
     end = time.monotonic() + 20  # processes that were killed take a moment to go
-    while left() and time.monotonic() < end: time.sleep(0.1)
-    assert left() == []
+    while left_of(process.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left_of(process.pid) == []
 
 
 def test_overhead_and_efficiency(record_property):
     with connect(f'processes:{WORKERS}') as client:
-        list(run_tasks(time.sleep, [Task('warm', (0.01,))] * 4 * WORKERS, client, progress=False))
+        warm = [Task('warm', (0.01,))] * 4 * WORKERS
+        list(run_tasks(time.sleep, warm, client, progress=False))
+        tasks = [Task('run', (SECONDS,))] * RUNS
         start = time.perf_counter()
-        assert sum(o.error is None for o in run_tasks(time.sleep, [Task('run', (SECONDS,))] * RUNS, client, progress=False)) == RUNS
+        outcomes = list(run_tasks(time.sleep, tasks, client, progress=False))
         took = time.perf_counter() - start
-    efficiency, overhead = RUNS * SECONDS / WORKERS / took, took * WORKERS / RUNS - SECONDS
-    record_property('cluster', f'{RUNS} fake runs of {SECONDS} s on {WORKERS} worker processes: {100 * efficiency:.1f} % efficiency, {1000 * overhead:.0f} ms a run')
-    if RUNS >= 1000: assert efficiency >= 0.9 and overhead < 0.05
+    assert [o.error for o in outcomes] == [None] * RUNS
+    efficiency = RUNS * SECONDS / WORKERS / took
+    overhead = took * WORKERS / RUNS - SECONDS
+    record_property('cluster', f'{RUNS} tasks of {SECONDS} s on {WORKERS} worker processes: '
+                               f'{100 * efficiency:.1f} % efficiency, {1000 * overhead:.0f} ms a task')
+    if RUNS >= 1000:
+        assert efficiency >= 0.9 and overhead < 0.05
     assert overhead < 0.5  # in the normal suite the machine is busy with other tests
 
 
 def test_the_example_for_slurm_is_one_worker_a_gpu():
-    import dask
     from dask_jobqueue import SLURMCluster
-    given = dask.config.merge(dask.config.config, yaml.safe_load((CLUSTER / 'slurm.yaml').read_text()))
+    example = yaml.safe_load((CLUSTER / 'slurm.yaml').read_text())
+    given = dask.config.merge(dask.config.config, example)
+    options = dict(port=0, dashboard=False, dashboard_address=':0')
     with dask.config.set(jobqueue=given['jobqueue']), \
-            SLURMCluster(n_workers=0, scheduler_options=dict(port=0, dashboard=False, dashboard_address=':0')) as cluster: script = cluster.job_script()
+            SLURMCluster(n_workers=0, scheduler_options=options) as cluster:
+        script = cluster.job_script()
     prologue, command = script.strip().rsplit('\n', 1)
     assert '#SBATCH --gres=gpu:1' in prologue and '#SBATCH --cpus-per-task=8' in prologue
-    checked_worker(shlex.split(command)[3:], dict(re.findall(r'(\w+)=(\S+)', prologue)))
+    check_worker(shlex.split(command)[3:], dict(re.findall(r'(\w+)=(\S+)', prologue)))
 
 
 def test_the_example_for_kubernetes_is_one_worker_a_gpu():
     service, scheduler, worker = yaml.safe_load_all((CLUSTER / 'kubernetes.yaml').read_text())
-    for deployment in (scheduler, worker): assert deployment['spec']['selector']['matchLabels'] == deployment['spec']['template']['metadata']['labels']
+    for deployment in (scheduler, worker):
+        spec = deployment['spec']
+        assert spec['selector']['matchLabels'] == spec['template']['metadata']['labels']
     assert service['spec']['selector'] == scheduler['spec']['selector']['matchLabels']
     (serving,), (working,) = (d['spec']['template']['spec']['containers'] for d in (scheduler, worker))
     assert serving['image'] == working['image'] == f'cse:{version("cse")}'
-    assert serving['command'][:2] == ['dask', 'scheduler'] and dask_scheduler.main.make_context('scheduler', serving['command'][2:]).params['port'] == str(service['spec']['ports'][0]['port'])
-    assert working['command'][:3] == ['dask', 'worker', f'tcp://{service["metadata"]["name"]}:{service["spec"]["ports"][0]["port"]}']
+    port = service['spec']['ports'][0]['port']
+    assert serving['command'][:2] == ['dask', 'scheduler']
+    context = dask_scheduler.main.make_context('scheduler', serving['command'][2:])
+    assert context.params['port'] == str(port)
+    address = f'tcp://{service["metadata"]["name"]}:{port}'
+    assert working['command'][:3] == ['dask', 'worker', address]
     assert working['resources']['limits']['nvidia.com/gpu'] == '1'
     mounts = {m['name']: m['mountPath'] for m in working['volumeMounts']}
     assert mounts.keys() == {v['name'] for v in worker['spec']['template']['spec']['volumes']}
     environment = {e['name']: e['value'] for e in working['env']}
-    for name, folder in (('CSE_DATA', 'data'), ('CSE_TEXTURES', 'data'), ('CSE_CACHE', 'cache')): assert environment[name].startswith(mounts[folder])
+    for name, folder in (('CSE_DATA', 'data'), ('CSE_TEXTURES', 'data'), ('CSE_CACHE', 'cache')):
+        assert environment[name].startswith(mounts[folder])
     assert environment['OMP_NUM_THREADS'] == working['resources']['requests']['cpu']
-    checked_worker(working['command'][2:], environment)
+    check_worker(working['command'][2:], environment)
 
 
-def checked_worker(arguments, environment):
-    "The arguments are those of `dask worker`; one run at a time, with one GPU, a nanny, and the variables that runs read."
+def check_worker(arguments, environment):
+    "Arguments of `dask worker`: one run at a time, one GPU, a nanny, and the variables that runs read."
     params = dask_worker.main.make_context('worker', arguments).params
-    assert params['nthreads'] == 1 and params['resources'] == 'GPU=1' and params['nanny'] is not False
+    assert params['nthreads'] == 1 and params['resources'] == 'GPU=1'
+    assert params['nanny'] is not False
     offered = {'nthreads': 1, 'resources': {'GPU': 1}}
     assert slots({'w': offered}, {'GPU': 1}) == 1
     assert {'OMP_NUM_THREADS', 'CSE_DATA', 'CSE_TEXTURES', 'CSE_CACHE'} <= environment.keys()

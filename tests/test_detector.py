@@ -17,7 +17,7 @@ from cse.data.files import is_device
 from cse.data.folders import load_category
 from cse.data.model_files import ModelError
 from cse.detector import _checksum
-from cse.lab.runs import GridError
+from cse.lab.grid import GridError
 from cse.deploy.export import ExportError, export, run_exported
 from cse.extensions.calibration import Calibration, CalibrationError
 from cse.data.builtin import builtin_surfaces

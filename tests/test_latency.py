@@ -16,7 +16,9 @@ from cse.data.images import DataError
 from cse.extractor import WeightsError
 from cse.lab.latency import TIMED, choose, run_speed, summary, timed_image
 from cse.lab.benchmark import times
-from cse.lab.runs import GridError, load_records, read_parameters, run_table
+from cse.lab.grid import GridError
+from cse.lab.records import load_records
+from cse.lab.parameters import read_parameters, run_table
 from cse.lab.published import ReportError
 from cse.lab.tables import caption, publish
 from cse.lab.comparison import check_records

@@ -9,7 +9,7 @@ import torch
 from cse.config import Config, ConfigError
 from cse.data.images import Images
 from cse.data.folders import load_category
-from cse.lab.runs import suited
+from cse.lab.parameters import suited
 from cse.extractor import WeightsError
 from cse.baselines.mixed_teacher import MixedTeacher, ReducedStudent, Students
 from cse.baselines.registry import BASELINES

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cse.lab.selection import table_notebooks
-from cse.lab.runs import load_records
+from cse.lab.records import load_records
 from cse.lab.report_page import write_page
 from cse.lab.published import PUBLISHED
 

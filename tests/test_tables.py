@@ -8,7 +8,10 @@ from pathlib import Path
 import papermill
 import pytest
 
-from cse.lab.runs import GridError, grid, load_records, run, run_table
+from cse.lab.records import load_records
+from cse.lab.runs import run
+from cse.lab.grid import GridError, grid
+from cse.lab.parameters import run_table
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / 'nbs/tables'
@@ -106,7 +109,8 @@ def test_table2_takes_a_release_of_tilda(textures, tmp_path):
 
 
 def test_built_in_textiles_are_no_surfaces_of_table_1():
-    from cse.lab.runs import default_categories, resolve_data
+    from cse.lab.runs import resolve_data
+    from cse.lab.parameters import default_categories
     assert default_categories(None, 1) == ['carpet', 'grid', 'leather', 'tile', 'wood']
     assert default_categories(None, 2) == [f'textile{i}' for i in range(1, 9)]
     assert resolve_data(None, ['wood'])[1] != resolve_data(None, ['textile1'])[1]
