@@ -80,7 +80,7 @@ def _column_key(record, paper):
 
 def _printed_names():
     "Key of a method → its name in the paper."
-    names = {'mean_distance': 'mean distance'}
+    names = {'mean_distance': 'mean distance', 'hybrid': 'hybrid CSE'}
     for paper in PUBLISHED.values():
         names |= {key: name for name, key in paper.columns.items()}
     return names

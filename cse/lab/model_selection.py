@@ -463,7 +463,7 @@ def run_model_selection(
     categories: list | str = '', # Empty: all
     seeds: int | list | str = 1, # Of tests
     evidence_seeds: int | list | str = 1, # Of evidence
-    methods: list | str = 'cse,patchcore,padim,raw', # To compare
+    methods: list | str = 'hybrid,patchcore,padim,raw', # To compare
     profiles: list | str = '', # Of CSE too
     results: str = '', # Empty: temporary
     device: str = 'auto', # auto, cpu, cuda
