@@ -177,8 +177,8 @@ def test_normalised_and_small_images_are_refused():
     prepare = Preparation(CONFIG).transform
     with pytest.raises(DataError, match=r'expected \[0, 1\], not normalised'):
         prepare(torch.randn(2, 3, 200, 200))
-    with pytest.raises(DataError, match='is 100×100 pixels; expected at least crop=96'):
-        Preparation(CONFIG.replace(resize=0)).transform(torch.rand(2, 3, 100, 100))
+    with pytest.raises(DataError, match='is 80×80 pixels; expected at least crop=96'):
+        Preparation(CONFIG.replace(resize=0)).transform(torch.rand(2, 3, 80, 80))
 
 
 def test_settings_are_checked_and_an_unfitted_model_says_so():

@@ -19,6 +19,7 @@ from cse.baselines.features import MeanDistance
 from cse.baselines.registry import BASELINES
 
 SAME = ('patchcore', 'padim', 'cfa', 'fastflow', 'reverse_distillation')
+TINY = Config.smoke(epochs=2, extractor='resnet10t', weights='random', resize=96, crop=96)
 TRAINED = ('cfa', 'fastflow', 'reverse_distillation')
 SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch', resize=96, crop=96)
 
@@ -34,16 +35,16 @@ def images(surface):
 
 
 @pytest.fixture(scope='module')
-def fitted(anomalib, images, tiny):
+def fitted(anomalib, images):
     "Methods by name, each fitted once for all tests."
-    return functools.cache(lambda name: BASELINES[name](tiny, seed=3).fit(images.train, progress=False))
+    return functools.cache(lambda name: BASELINES[name](TINY, seed=3).fit(images.train, progress=False))
 
 
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
 def test_a_method_on_the_extractor_of_the_run(fitted, images, name):
     method = fitted(name)
     scores = method.score(images.test)
-    assert method.extractor.info['name'] == 'tf_efficientnet_lite0' and method.config.layers == (3, 4)
+    assert method.extractor.info['name'] == TINY.extractor and method.config.layers == (3, 4)
     assert np.isfinite(scores.image).all() and scores.image.std() > 0
     assert scores.map.shape == (6, 96, 96) and np.isfinite(scores.map).all()
     assert len(method.history) == (2 if name in TRAINED else 0)
@@ -51,12 +52,12 @@ def test_a_method_on_the_extractor_of_the_run(fitted, images, name):
 
 
 @pytest.mark.parametrize('name', SAME)
-def test_the_same_seed_gives_the_same_scores(fitted, images, tiny, name, capfd):
+def test_the_same_seed_gives_the_same_scores(fitted, images, name, capfd):
     first = fitted(name).score(images.test)
     capfd.readouterr()
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again = BASELINES[name](tiny.replace(workers=1), seed=3).fit(images.train, progress=False)
+    again = BASELINES[name](TINY.replace(workers=1), seed=3).fit(images.train, progress=False)
     again = again.score(images.test)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.map, again.map)
     assert torch.equal(torch.get_rng_state(), state), 'global generators are left as they were'
@@ -162,8 +163,8 @@ def test_a_grid_of_both_forms(anomalib, surface, tmp_path):
     assert [r['parameters'].get('decoder') for r in records] == [None, 'fitted to the features']
 
 
-def test_a_record_tells_what_was_run(anomalib, surface, tmp_path, tiny):
-    config = tiny.replace(epochs=1)
+def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
+    config = TINY.replace(epochs=1)
     record = run(config, surface, 'gravel', 'fastflow', results=tmp_path)
     settings = record['config']
     assert record['method'] == 'fastflow'
@@ -190,12 +191,13 @@ def test_a_diverged_training_run_raises(anomalib, images):
         FastFlow(Config.smoke(**SMALL | dict(epochs=30, lr=1e6))).fit(images.train, progress=False)
 
 
-def test_everything_else_works_without_anomalib(monkeypatch, images, tiny):
+def test_everything_else_works_without_anomalib(monkeypatch, images):
     monkeypatch.setitem(sys.modules, 'anomalib', None)
     with pytest.raises(ConfigError, match=r"pip install 'cse\[baselines\]'"):
-        variant('patchcore', tiny)
-    assert variant('cse', tiny)[1] == tiny
-    assert np.isfinite(MeanDistance(tiny).fit(images.train, progress=False).score(images.test).image).all()
+        variant('patchcore', TINY)
+    assert variant('cse', TINY)[1] == TINY
+    method = MeanDistance(TINY).fit(images.train, progress=False)
+    assert np.isfinite(method.score(images.test).image).all()
 
 
 def test_nothing_is_loaded_before_it_is_needed():
@@ -232,6 +234,6 @@ def test_a_compiled_method_scores_as_before(fitted, images, name, caplog):
     assert method._whole is not None or name in ('fastflow', 'reverse_distillation'), caplog.text
 
 
-def test_padim_needs_two_images(anomalib, images, tiny):
+def test_padim_needs_two_images(anomalib, images):
     with pytest.raises(DataError, match='at least 2'):
-        BASELINES['padim'](tiny).fit(images.train[:1], progress=False)
+        BASELINES['padim'](TINY).fit(images.train[:1], progress=False)
