@@ -112,7 +112,7 @@ class CodeSettings:
         ('squared', 'none'))
 
 # %% ../nbs/01_config.ipynb #d9a98864
-TILDA_FABRICS = 'c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3' # as in the release
+TILDA_FABRICS = 'c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3'
 
 def _seed(of: str):
     doc = f'Seed of {of}; -1 is the seed of the run'
@@ -203,9 +203,9 @@ def _check_names(kind: type, names):
         raise ConfigError(
             f'{name}{value}: no such setting{hint} Settings: {", ".join(allowed)}')
 
-def _check_together(config: 'Config'):
+def _check_together(c: 'Config'):
     "Refuse settings that do not go together."
-    c, fabrics = config, ', '.join(TILDA_FABRICS)
+    fabrics = ', '.join(TILDA_FABRICS)
     if c.resize and c.crop > c.resize:
         raise ConfigError(f'crop={c.crop}: expected at most resize={c.resize} '
                           '(or resize=0, which keeps the size of the images)')

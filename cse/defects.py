@@ -296,7 +296,7 @@ class DefectGenerator:
     def texture(self,
         place: int, # Which one
         side: int, # To which side it is resized, pixels
-    ) -> torch.Tensor: # 3×side×side in [0, 1]
+    ) -> torch.Tensor: # 3×H×W in [0, 1]
         "One of the textures."
         chosen = torch.as_tensor(self.textures[place])
         if chosen.dtype == torch.uint8: chosen = chosen / 255
@@ -307,9 +307,9 @@ class DefectGenerator:
         return chosen.flip(0) if self.channels == 'bgr' else chosen
 
     def source(self,
-        image: torch.Tensor, # 3×side×side in [0, 1]
+        image: torch.Tensor, # 3×H×W in [0, 1]
         draws: Draws, # What is random about it
-    ) -> torch.Tensor: # 3×side×side in [0, 1]
+    ) -> torch.Tensor: # 3×H×W in [0, 1]
         "What is pasted into an image."
         kind = KINDS[draws.kind]
         if kind == 'structural': return structural(image, draws)
@@ -320,7 +320,7 @@ class DefectGenerator:
         return source.mean(0, keepdim=True).expand_as(source)
 
     def corrupt(self,
-        image: torch.Tensor, # 3×side×side in [0, 1]
+        image: torch.Tensor, # 3×H×W in [0, 1]
         generator: torch.Generator, # Source of every draw
     ) -> tuple[torch.Tensor, torch.Tensor, int]: # Corrupted image; mask; place in `KINDS`
         "One image with a synthetic defect."
