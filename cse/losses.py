@@ -50,9 +50,9 @@ def decoder_loss(
 ) -> torch.Tensor: # N values in [0, 2]
     "Reconstruction loss of the decoder (Eqs. 3–5)."
     pairs = zip(reconstructed, features, strict=True)
-    at_positions = [1 - F.cosine_similarity(r, f, dim=1) for r, f in pairs] # Eq. 3
-    layers = torch.stack([loss.mean((1, 2)) for loss in at_positions]) # Eq. 4
-    return layers.mean(0) # Eq. 5
+    cosines = [F.cosine_similarity(r, f, dim=1) for r, f in pairs] # of Eq. 3
+    layers = [1 - cosine.mean((1, 2)) for cosine in cosines] # Eq. 4
+    return torch.stack(layers).mean(0) # Eq. 5
 
 # %% ../nbs/05_losses.ipynb #5941976f
 def total_loss(
