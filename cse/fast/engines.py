@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'TOLERANCE', 'EngineError', 'same_logging', 'compile_openvino', 'checked_openvino', 'FastExtractor']
 
 # %% ../../nbs/fast/02_engines.ipynb #eea4b7d5
-import logging, tempfile, warnings
+import logging, tempfile, threading, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,18 +74,22 @@ def _infer(request, inputs):
     return [torch.from_numpy(t.data.copy()) for t in request.output_tensors]
 
 def _runner(compiled):
-    "A function of tensors that calls a compiled network."
-    request = compiled.create_infer_request()
+    "A function of tensors that calls a compiled network, from any number of threads."
+    own = threading.local() # a request holds inputs and outputs of one call
+
+    def request():
+        if not hasattr(own, 'request'): own.request = compiled.create_infer_request()
+        return own.request
 
     def run(*inputs):
         chunks = zip(*(i.split(CHUNK) for i in inputs))
-        parts = [_infer(request, chunk) for chunk in chunks]
+        parts = [_infer(request(), chunk) for chunk in chunks]
         if len(parts) == 1: return parts[0]
         return [torch.cat(maps) for maps in zip(*parts)]
 
     def node_times():
         return {node.node_name: 1000 * node.real_time.total_seconds()
-                for node in request.profiling_info}
+                for node in request().profiling_info}
 
     run.node_times = node_times
     return run
