@@ -23,7 +23,7 @@ def test_every_thread_gets_the_scores_of_its_own_images(detector):
     alone = [detector.score(images).image for images in sets]
 
     def score(images, expected):
-        for _ in range(10):
+        for _ in range(4):
             found = detector.score(images).image
             if not np.array_equal(found, expected): wrong.append(np.abs(found - expected).max())
 
