@@ -93,7 +93,7 @@ def _check_strides(extractor, config):
 
 # %% ../nbs/08_detector.ipynb #b0c1d2e4
 class Detector(Estimator):
-    """A frozen extractor, something learned from defect-free images, and a head that scores features.
+    """A frozen extractor, something learned from good images, and a head that scores features.
 
     Subclasses define `_learn(cache, defects, session)` and `head()`."""
     kinds: ClassVar[dict] = {} # Name → class, for reading saved models
@@ -122,7 +122,8 @@ class Detector(Estimator):
         images = good_images(images, config)
         if folder and not hasattr(self, 'save'):
             name = type(self).__name__
-            raise ConfigError(f'folder={str(folder)!r}: a {name} cannot be saved; expected no folder')
+            raise ConfigError(f'folder={str(folder)!r}: a {name} cannot be saved; '
+                              'expected no folder')
         self.check(len(images))
         with clock('textures'): defects = FastDefectGenerator.from_config(config, self.textures)
         with clock('load'): extractor = FastExtractor.from_config(config, self.layers)
@@ -244,7 +245,8 @@ class Saved(Detector):
         "The class that a saved detector is of."
         kind = Detector.kinds.get(name)
         if kind and issubclass(kind, cls): return kind
-        raise ModelError(f'{folder}: holds a {name}; expected a {cls.__name__} (`cse.load` reads both)')
+        raise ModelError(f'{folder}: holds a {name}; expected a {cls.__name__} '
+                         '(`cse.load` reads both)')
 
     def restore(self, about: dict, tensors: dict):
         "Take up what was saved. Raises `ModelError`."

@@ -56,8 +56,8 @@ class Calibration:
         count = math.floor(alpha * (len(self) + 1) + 1e-9) - 1
         if count >= 0: return count
         needed = math.ceil(1 / alpha - 1e-9) - 1
-        raise CalibrationError(f'alpha={alpha}: {len(self)} calibration images cannot promise less than '
-                               f'1 in {len(self) + 1}; expected at least {needed} images')
+        raise CalibrationError(f'alpha={alpha}: {len(self)} calibration images cannot promise '
+                               f'less than 1 in {len(self) + 1}; expected at least {needed} images')
 
     def threshold(self,
         alpha: float, # False-alarm rate, between 0 and 1
@@ -77,7 +77,7 @@ class Calibration:
         tested: int | None = None, # Number of good test images; None for the long run
         level: float = 0.95, # Probability that the range holds, at least
     ) -> tuple[float, float]: # Lowest and highest share of flagged good images
-        """Where the measured false-alarm rate lies if test images are like those of the calibration.
+        """Where the measured false-alarm rate lies if test images are like calibration images.
 
         `alpha` bounds its mean over calibrations. One calibration varies around it by a beta
         distribution, few test images by a beta-binomial one."""
@@ -95,8 +95,8 @@ class Decisions:
     def calibrated(self) -> Calibration:
         "The calibration. Raises `CalibrationError` if there is none."
         if self.calibration: return self.calibration
-        raise CalibrationError('this detector is not calibrated; '
-                               'call calibrate(images) with good images that took no part in fitting')
+        raise CalibrationError('this detector is not calibrated; call calibrate(images) '
+                               'with good images that took no part in fitting')
 
     def p_values(self,
         images: ImageSource, # As for `score`
@@ -149,7 +149,7 @@ class Calibrated(Decisions):
         held_out: float = 0, # Share of the images kept for a calibration, drawn by the seed
         folder: str | Path | None = None, # As for `CSE.fit`
     ) -> Self:
-        "Fit, and calibrate with held-out images. Raises as `CSE.fit`, and `ConfigError` for a wrong share."
+        "Fit, and calibrate with held-out images. Raises as `CSE.fit`."
         images = good_images(images, self.config)
         fitted, kept = _hold_out(images, held_out, self.seed)
         if not kept: return super().fit(images, progress, folder)

@@ -26,7 +26,8 @@ from .calibration import CalibratedCSE
 @dataclass(frozen=True)
 class HybridConfig(Config):
     "The settings of the hybrid detector: those of the paper, and of the Gaussians."
-    density_layers: tuple[int, ...] = setting((2, 3, 4), 'Feature maps whose Gaussians join the score')
+    density_layers: tuple[int, ...] = setting(
+        (2, 3, 4), 'Feature maps whose Gaussians join the score')
     density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1)
     density_share: float = setting(
         0.005, 'Share of the positions, those of largest distance, whose mean is the score',
@@ -40,7 +41,8 @@ class HybridConfig(Config):
         super().__post_init__()
         layers = self.density_layers
         if not layers or list(layers) != sorted({*layers}):
-            raise ConfigError(f'density_layers={layers}: expected whole numbers that rise, one at least')
+            raise ConfigError(f'density_layers={layers}: '
+                              'expected whole numbers that rise, one at least')
         if self.extracted[-len(self.layers):] != self.layers:
             raise ConfigError(f'layers={self.layers}: expected whole numbers that rise, '
                               f'and none of density_layers={layers} between or after them')
@@ -69,7 +71,8 @@ class PatchGaussians(nn.Module):
     def _choose(self, i, features):
         "Draw the channels of map i."
         generator = seeded(self.seed, 'channels', i)
-        chosen = torch.randperm(features.shape[1], generator=generator)[:self.channels].sort().values
+        order = torch.randperm(features.shape[1], generator=generator)
+        chosen = order[:self.channels].sort().values
         self.register_buffer(f'chosen{i}', chosen.to(features.device))
 
     def _positions(self, i, features):
@@ -79,7 +82,8 @@ class PatchGaussians(nn.Module):
 
     def _distance(self, i, features):
         "N×H×W distances in map i."
-        x = (self._positions(i, features) - getattr(self, f'mean{i}')).contiguous() # many small products
+        centred = self._positions(i, features) - getattr(self, f'mean{i}')
+        x = centred.contiguous() # many small products
         whitened = x @ getattr(self, f'whitening{i}')
         return whitened.square().sum(2).sqrt().T.reshape(-1, *features.shape[2:])
 
@@ -108,7 +112,7 @@ class PatchGaussians(nn.Module):
         seen: torch.Tensor, # Images that the Gaussians are estimated from at first
         held_out: torch.Tensor, # The others, by which distances are standardised
     ) -> torch.Tensor: # N×H×W distances of the held-out images, before these were seen too
-        "Estimate from one part, take the spread of distances from the other, estimate again from both."
+        "Estimate from one part, take the spread from the other, estimate again from both."
         spread, parts = [], held_out.split(32)
         for i, f in enumerate(features):
             self._choose(i, f)
@@ -198,7 +202,7 @@ class JointHead(nn.Module):
         features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
         embedded: torch.Tensor, # N×E scores of the embeddings
     ) -> tuple[torch.Tensor, torch.Tensor]: # N scores, about 0 for good images; N×H×W maps
-        "The scores of the embeddings with those of the Gaussians; maps are 0 where nothing is unusual."
+        "Scores of embeddings and Gaussians together; maps are 0 where nothing is unusual."
         mean, deviation = self.standards
         maps = self.density([features[i] for i in self.places])
         largest = (self._largest(maps) - mean[1]) / deviation[1]
@@ -271,8 +275,9 @@ class HybridCSE(CalibratedCSE):
         return self.banks[0] if self.banks else None
 
     def _learn(self, cache, defects, session):
-        own = cache.coarsest(len(self.config.layers))
-        settings = [member_settings(self.config, self.seed, i) for i in range(self.config.embedders)]
+        config = self.config
+        own = cache.coarsest(len(config.layers))
+        settings = [member_settings(config, self.seed, i) for i in range(config.embedders)]
         members = [self._pairs(own, defects, session, *s) for s in settings]
         for i in range(len(members)): # what belongs to another fit is refused before this one
             if saved := session.saved_state(i): saved.read()
@@ -304,17 +309,15 @@ class HybridCSE(CalibratedCSE):
 
     def head(self) -> nn.Module: # From feature maps to scores and coarse maps, in eval mode
         "What follows the extractor, folded for inference."
-        config = self.config
-        embeddings = EmbeddingScores(self.embedders, self.banks)
-        head = JointHead(embeddings, self.density, config.density_places,
-                         config.embedding_weight, config.density_share, self.standards)
+        c, embeddings = self.config, EmbeddingScores(self.embedders, self.banks)
+        head = JointHead(embeddings, self.density, c.density_places,
+                         c.embedding_weight, c.density_share, self.standards)
         return head.eval().to(self.extractor.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         "What `model.safetensors` holds."
         tensors = {f'density.{k}': v for k, v in self.density.state_dict().items()}
-        names = _names(len(self.embedders))
-        for name, embedder, bank in zip(names, self.embedders, self.banks):
+        for name, embedder, bank in zip(_names(len(self.embedders)), self.embedders, self.banks):
             tensors |= member_tensors(name, embedder, bank)
         return tensors | dict(standards=self.standards)
 
