@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 import numpy as np, torch
 from torch import nn
-from .config import Config, ConfigError, digest, fingerprint
+from .config import Config, ConfigError, digest, fingerprint, from_profile
 from .data.images import DataError, ImageSource
 from .data.timing import Stopwatch
 from .data.files import check_writable
@@ -43,13 +43,14 @@ def _check_arguments(config, seed) -> tuple[Config, int]:
 class Estimator(Scorer):
     "Settings of a detector, and what is known about its fit, as in scikit-learn."
     config_class: ClassVar[type[Config]] = Config # Class of its configuration
+    default_profile: ClassVar[str] = 'paper' # Of a detector that is given no configuration
 
     def __init__(self,
-        config: Config | None = None, # Every setting; those of the paper if not given
+        config: Config | None = None, # Every setting; those of `default_profile` if not given
         textures: Textures | None = None, # A folder, or M×3×h×w; built-in ones if not given
         seed: int = 0, # Seed of everything random
     ):
-        if config is None: config = self.config_class()
+        if config is None: config = from_profile(self.default_profile, self.config_class)
         config, self.seed = _check_arguments(config, seed)
         self.config, self.textures = self.config_class.of(config), textures
         self.extractor = self._head = self._whole = None
