@@ -1,4 +1,4 @@
-"A category small enough for tests: crops of photographs that scikit-image ships, with a pasted bar as defect."
+"A category small enough for tests: crops of a photograph, with a pasted bar as defect."
 import os
 import shutil
 from pathlib import Path
@@ -11,23 +11,38 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
 
 
-def write_category(root, name='gravel', train=6):
+def photograph(name):
+    "A photograph that scikit-image ships."
     import skimage.data
     from PIL import Image
-    photo = Image.open(Path(skimage.data.__file__).parent / f'{name}.png')
+    return Image.open(Path(skimage.data.__file__).parent / f'{name}.png')
+
+
+def write_category(root, name='gravel', train=6):
+    "Crops of a photograph in MVTec layout: good ones, and three with a pasted bar."
+    from PIL import Image
+    photo, folder = photograph(name), root / name
     for part in ('train/good', 'test/good', 'test/bar', 'ground_truth/bar'):
-        (root / name / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True)
     for i in range(train + 3):
         x, y = 32 * (i % 8), 100 * (i // 8)
-        photo.crop((x, y, x + 256, y + 256)).save(root / name / ('train' if i < train else 'test') / 'good' / f'{i:02}.png')
+        part = 'train' if i < train else 'test'
+        photo.crop((x, y, x + 256, y + 256)).save(folder / part / 'good' / f'{i:02}.png')
     for i in range(3):
         image, mask = photo.crop((i * 40, 200, i * 40 + 256, 456)), Image.new('L', (256, 256))
         box = (60, 100 + 10 * i, 200, 120 + 10 * i)
         image.paste(200, box)
         mask.paste(255, box)
-        image.save(root / name / 'test' / 'bar' / f'{i:02}.png')
-        mask.save(root / name / 'ground_truth' / 'bar' / f'{i:02}_mask.png')
+        image.save(folder / 'test/bar' / f'{i:02}.png')
+        mask.save(folder / 'ground_truth/bar' / f'{i:02}_mask.png')
     return root
+
+
+@pytest.fixture(scope='session')
+def photographs():
+    "The grey photographs, by name, as arrays."
+    import numpy as np
+    return {name: np.asarray(photograph(name)) for name in ('gravel', 'brick', 'grass')}
 
 
 @pytest.fixture(scope='session')
@@ -54,21 +69,35 @@ def textures(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def tiny():
-    "The smoke profile with two epochs."
+    "The smoke profile, two epochs on small crops."
     from cse import Config
-    return Config.smoke(epochs=2)
+    return Config.smoke(epochs=2, resize=96, crop=96)
 
 
 def pytest_terminal_summary(terminalreporter):
     "Counts of the campaigns, when `make robustness` or `make cluster-test` asks for them."
-    if os.environ.get('CLUSTER_RUNS'):
-        for line in [v for r in terminalreporter.stats.get('passed', []) for k, v in r.user_properties if k == 'cluster']:
-            terminalreporter.write_line(f'cluster: {line}')
-    if not os.environ.get('ROBUSTNESS_KILLS'):
-        return
     passed = terminalreporter.stats.get('passed', [])
-    count = lambda word: sum(word in r.nodeid for r in passed)
-    noted = lambda name: sum(int(v) for r in passed for k, v in r.user_properties if k == name)
+    if os.environ.get('CLUSTER_RUNS'):
+        for line in properties(passed, 'cluster'):
+            terminalreporter.write_line(f'cluster: {line}')
+    if os.environ.get('ROBUSTNESS_KILLS'):
+        terminalreporter.write_line(robustness(passed, terminalreporter.stats.get('failed', [])))
+
+
+def properties(reports, name):
+    "What tests have recorded under a name."
+    return [value for report in reports for key, value in report.user_properties if key == name]
+
+
+def robustness(passed, failed):
+    "One line of counts."
     from test_properties import EXAMPLES
-    terminalreporter.write_line(f'robustness: {count("test_bad_input.py") + count("mistakes") + count("that_are_no_images")} cases of bad input, {noted("damaged")} damaged model files, {count("test_damaged_record")} damaged records, '
-                                f'{count("test_properties.py")} properties of {EXAMPLES} examples each, {noted("kills")} grids killed, {len(terminalreporter.stats.get("failed", []))} failures')
+    def count(*words):
+        return sum(any(word in report.nodeid for word in words) for report in passed)
+    def noted(name):
+        return sum(map(int, properties(passed, name)))
+    bad_input = count('test_bad_input.py', 'mistakes', 'that_are_no_images')
+    return (f'robustness: {bad_input} cases of bad input, {noted("damaged")} damaged model files, '
+            f'{count("test_damaged_record")} damaged records, '
+            f'{count("test_properties.py")} properties of {EXAMPLES} examples each, '
+            f'{noted("kills")} grids killed, {len(failed)} failures')

@@ -11,74 +11,42 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
+import mean_method
 import psutil
 import pytest
 import yaml
 from distributed import LocalCluster
 from distributed.cli import dask_scheduler, dask_worker
+from mean_method import Mean
 
 from cse.config import Config, ConfigError
 from cse.data.images import DataError
-from cse.lab import runs
 from cse.lab.grid import GridError, _fetch, _run_on_worker, grid
 from cse.lab.records import RECORD_SCHEMA, load_records
-from cse.lab.runs import identify
+from cse.lab.runs import METHODS, identify
 from cse.lab.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
 from cse.lab.tables import publish
 
-RUNS = int(os.environ.get('CLUSTER_RUNS', 200))
-WORKERS, SECONDS = (16, 1.0) if RUNS >= 1000 else (4, 0.2)
+RUNS = int(os.environ.get('CLUSTER_RUNS', 40))
+CAMPAIGN = RUNS >= 1000
+WORKERS, SECONDS = (16, 1.0) if CAMPAIGN else (2, 0.1)
+PROCESSES, SEEDS = (4, 24) if CAMPAIGN else (2, 7)
 CLUSTER = Path(__file__).parent.parent / 'params/cluster'
 
-# A method for workers, loaded by Dask's preload. Two of its seeds write down their process id once
-# and wait: seed 5 to be killed, seed 6 until its worker is removed.
-METHOD = '''
-import os, time
-from types import SimpleNamespace
-import torch
-from cse.data.images import Images
-from cse.detector import Detector
-from cse.lab import runs
-
-def wait_once(seed):
-    mark = os.path.join(os.environ.get("CSE_TEST_MARKS", ""), f"{seed}")
-    if "CSE_TEST_MARKS" not in os.environ or os.path.exists(mark): return
-    with open(mark + ".new", "w") as f: f.write(str(os.getpid()))
-    os.replace(mark + ".new", mark)
-    time.sleep(1000)
-
-class Mean(Detector):
-    def fit(self, images, progress=True):
-        Images(images, self.config).check()
-        self.extractor = SimpleNamespace(
-            origin=dict(weights="none"), info=dict(name="none", sha256=None), device=torch.device("cpu"))
-        if self.seed in (5, 6): wait_once(self.seed)
-        if self.seed == 99: raise ValueError("a run that cannot succeed")
-        self._fitted = True
-        return self
-
-    def _scored(self, images):
-        return (images.mean((1, 2, 3)) * (self.seed + 1)).sin(), torch.zeros(len(images), 2, 2)
-
-runs.METHODS["mean"] = Mean
-'''
-SMALL = Config.smoke(resize=40, crop=32)
+SMALL = Config.smoke(resize=40, crop=32, anomaly_map='none')
 
 
 @pytest.fixture
-def method(tmp_path, monkeypatch):
-    "The method, here and on workers that start from now on."
-    monkeypatch.setattr(runs, 'METHODS', dict(runs.METHODS))
-    (path := tmp_path / 'mean.py').write_text(METHOD)
-    exec(METHOD, {})
-    with dask.config.set({'distributed.worker.preload': [str(path)]}):
-        yield
+def method(monkeypatch):
+    "The method, in this process."
+    monkeypatch.setitem(METHODS, 'mean', Mean)
 
 
-def told(results):
-    "Contents of the records, without times, machine and memory."
+def contents(results):
+    "What the records say, without times, machine and memory."
     names = 'method', 'category', 'seed', 'config', 'labels', 'scores', 'metrics'
     return {r['key']: [r[name] for name in names] for r in load_records(results)}
 
@@ -94,29 +62,62 @@ def kill_when_marked(mark):
     os.kill(int(mark.read_text()), signal.SIGKILL)
 
 
-def test_one_worker_killed_and_one_hung(surface, tmp_path, monkeypatch, method, capsys, record_property):
-    "Four processes, 24 runs: the records and the table are those of an undisturbed grid in this process."
-    local, cluster, marks = (tmp_path / name for name in ('local', 'cluster', 'marks'))
-    ask = dict(data=surface, names=['gravel'], methods=['mean'], seeds=list(range(24)))
-    publish(grid(SMALL, **ask, results=local, progress=False), 1, local)
-    marks.mkdir()
-    monkeypatch.setenv('CSE_TEST_MARKS', str(marks))
-    killer = threading.Thread(target=kill_when_marked, args=(marks / '5',), daemon=True)
+def ask(surface, results, **changes):
+    "Arguments of a grid."
+    names = dict(data=surface, names=['gravel'], methods=['mean'], progress=False)
+    return names | dict(results=results) | changes
+
+
+@pytest.fixture(scope='module')
+def disturbed(surface, tmp_path_factory):
+    "A grid in processes, of which one is killed, and whose last run fails: its folder, and what it raised."
+    results, marks = (tmp_path_factory.mktemp(name) for name in ('results', 'marks'))
+    killer = threading.Thread(target=kill_when_marked, args=(marks / 'waiting',), daemon=True)
     killer.start()
-    records = grid(SMALL, **ask, results=cluster, scheduler='processes:4', patience=30)
+    preload = {'distributed.worker.preload': [mean_method.__file__]}
+    with pytest.MonkeyPatch.context() as patch, dask.config.set(preload):
+        patch.setitem(METHODS, 'mean', Mean)
+        patch.setenv('CSE_TEST_MARKS', str(marks))
+        with pytest.raises(GridError) as failure:
+            seeds = [*range(SEEDS), 99]
+            grid(SMALL, **ask(surface, results, seeds=seeds, scheduler=f'processes:{PROCESSES}'))
     killer.join(timeout=1)
     assert not killer.is_alive()
-    assert {p.name for p in marks.iterdir()} == {'5', '6'}
-    assert [r['seed'] for r in records] == list(range(24))
-    assert len(list((cluster / 'records').iterdir())) == 24
-    assert told(cluster) == told(local)
-    publish(records, 1, cluster)
-    assert tables(cluster) == tables(local) != {}
-    assert capsys.readouterr().out.count('AUROC') == 24
-    for pid in marks.iterdir():
-        assert not Path(f'/proc/{pid.read_text()}').exists(), 'a worker was left behind'
-    record_property('cluster', '24 runs in 4 processes, 1 killed, 1 hung and removed: '
-                               '24 records, 0 lost, 0 doubled, table equal')
+    killed = int((marks / 'waiting').read_text())
+    return SimpleNamespace(folder=results, failure=str(failure.value), killed=killed)
+
+
+@pytest.fixture
+def undisturbed(surface, tmp_path, method):
+    "The same in this process, without the run that fails: folder and records."
+    return tmp_path, grid(SMALL, **ask(surface, tmp_path, seeds=range(SEEDS)))
+
+
+def test_one_worker_killed_costs_nothing(surface, disturbed, undisturbed, record_property):
+    folder, records = undisturbed
+    again = grid(SMALL, **ask(surface, disturbed.folder, seeds=range(SEEDS)))
+    assert len(list((disturbed.folder / 'records').iterdir())) == SEEDS
+    assert contents(disturbed.folder) == contents(folder)
+    for found, results in ((again, disturbed.folder), (records, folder)):
+        publish(found, 1, results)
+    assert tables(disturbed.folder) == tables(folder) != {}
+    assert not Path(f'/proc/{disturbed.killed}').exists(), 'a worker was left behind'
+    record_property('cluster', f'{SEEDS} runs in {PROCESSES} processes, 1 killed: '
+                               f'{SEEDS} records, 0 lost, 0 doubled, table equal')
+
+
+def test_failed_runs_are_gathered(disturbed):
+    title = f'[{SEEDS + 1}/{SEEDS + 1}] mean gravel seed 99'
+    failure = f'{title}: failed, ValueError: a run that cannot succeed'
+    assert disturbed.failure == f'1 of {SEEDS + 1} runs failed:\n{failure}'
+
+
+def test_finished_runs_are_not_sent_again(surface, disturbed, method, capsys):
+    options = dict(seeds=[1, 0], scheduler='processes:1', progress=True)
+    started = time.perf_counter()
+    assert [r['seed'] for r in grid(SMALL, **ask(surface, disturbed.folder, **options))] == [1, 0]
+    assert time.perf_counter() - started < 2
+    assert capsys.readouterr().out.count('on record') == 2
 
 
 def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
@@ -128,7 +129,7 @@ def test_workers_that_see_other_folders(surface, tmp_path, monkeypatch, method):
     (wall := tmp_path / 'wall').write_text('a file')
     text, pictures = _run_on_worker(call | dict(data='/nowhere'), str(wall / 'results'), key)
     outcome = _fetch(Outcome(Task('a run'), 1., (text, pictures)), tmp_path, key)
-    assert told(tmp_path).keys() == {key}
+    assert contents(tmp_path).keys() == {key}
     assert outcome.value == load_records(tmp_path)[0] == json.loads(text)
     assert (tmp_path / f'pictures/{key}.webp').read_bytes() == pictures and pictures[:4] == b'RIFF'
     assert _run_on_worker(call, str(tmp_path / 'a folder of its own'), key)[1] == pictures
@@ -155,23 +156,11 @@ def test_a_disk_full_at_the_caller_costs_a_run_or_its_pictures(tmp_path, monkeyp
     assert f'{full}/key.' in (caplog.text if kept else str(outcome.error))
 
 
-def test_failed_runs_are_gathered_and_finished_ones_are_not_sent_again(surface, tmp_path, method, capsys):
-    ask = dict(data=surface, names=['gravel'], methods=['mean'], results=tmp_path, scheduler='processes:1')
-    failure = r'\[2/3\] mean gravel seed 99: failed, ValueError: a run that cannot succeed'
-    with pytest.raises(GridError, match=rf'1 of 3 runs failed:\n{failure}'):
-        grid(SMALL, seeds=[0, 99, 1], **ask)
-    started = time.perf_counter()
-    assert [r['seed'] for r in grid(SMALL, seeds=[1, 0], **ask)] == [1, 0]
-    assert time.perf_counter() - started < 2
-    assert capsys.readouterr().out.count('on record') == 2
-
-
 def test_a_damaged_record_fails_its_run_before_workers_start(surface, tmp_path, method):
-    ask = dict(data=surface, names=['gravel'], methods=['mean'], results=tmp_path, progress=False)
-    record, = grid(SMALL, **ask)
+    record, = grid(SMALL, **ask(surface, tmp_path))
     (tmp_path / 'records' / f'{record["key"]}.json').write_text('{"schema": 99}')
     with pytest.raises(GridError, match=r'(?s)1 of 1 runs failed:.*RecordError.*force=True'):
-        grid(SMALL, **ask, scheduler='processes:1')
+        grid(SMALL, **ask(surface, tmp_path, scheduler='processes:1'))
 
 
 # a module of its own, so that workers do not import what tests import
@@ -211,7 +200,7 @@ def numbered(folder, numbers):
 
 def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, tell):
     tasks = numbered(tmp_path, range(12))
-    outcomes = run_tasks(tell, tasks, 'processes:2', retries=1, patience=5)
+    outcomes = run_tasks(tell, tasks, 'processes:2', retries=1, patience=3)
     found = {o.task.args[1]: o for o in outcomes}
     assert found.keys() == set(range(12))
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -228,7 +217,7 @@ def test_workers_that_hang_at_once_are_all_replaced(tmp_path, tell):
     "However long new ones need: Dask would give up a place after a while."
     tasks = numbered(tmp_path, [20, 21, 22, 23])
     with dask.config.set({'distributed.deploy.lost-worker-timeout': '10ms'}):
-        found = list(run_tasks(tell, tasks, 'processes:2', patience=5))
+        found = list(run_tasks(tell, tasks, 'processes:2', patience=3))
     assert [o.error for o in found] == [None] * 4
     assert [calls_of(tmp_path, i) for i in (20, 21)] == [2, 2]
 
@@ -243,8 +232,12 @@ def test_a_dask_scheduler_of_ones_own(tmp_path):
         (file := tmp_path / 'scheduler.json').write_text(json.dumps(cluster.scheduler.identity()))
         found = run_tasks(time.sleep, tasks[:1], str(file), progress=False)
         assert [o.error for o in found] == [None]
+
+
+def test_an_address_without_a_scheduler_is_refused(monkeypatch):
+    monkeypatch.setattr('cse.lab.scheduling.ANSWER', 0.5)
     with pytest.raises(ConfigError, match='no Dask scheduler answers'):
-        next(run_tasks(time.sleep, tasks, 'tcp://127.0.0.1:9'))
+        next(run_tasks(time.sleep, [Task('one', (0,))], 'tcp://127.0.0.1:9'))
 
 
 @pytest.mark.parametrize('scheduler', ['slurm', 'processes:0', 'processes:many', 'local:2', ''])
@@ -310,7 +303,7 @@ def test_overhead_and_efficiency(record_property):
     overhead = took * WORKERS / RUNS - SECONDS
     record_property('cluster', f'{RUNS} tasks of {SECONDS} s on {WORKERS} worker processes: '
                                f'{100 * efficiency:.1f} % efficiency, {1000 * overhead:.0f} ms a task')
-    if RUNS >= 1000:
+    if CAMPAIGN:
         assert efficiency >= 0.9 and overhead < 0.05
     assert overhead < 0.5  # in the normal suite the machine is busy with other tests
 
