@@ -226,7 +226,7 @@ def export_(
         about = dict(file=str(written), files=[str(f) for f in files], format=to)
         typer.echo(json.dumps(about) if as_json else written)
 
-# %% ../nbs/11_cli.ipynb #9025a0b7
+# %% ../nbs/11_cli.ipynb #0f61fab7
 def _lab() -> SimpleNamespace:
     "What `cse tables` needs of the lab."
     from cse.lab.latency import run_speed
@@ -257,10 +257,9 @@ def _run_tables(numbers, options, as_json) -> list[int]:
     "Regenerate tables and print them; the numbers of those that failed come back. Raises `ConfigError`."
     from cse.config import ConfigError
     lab, found, failed = _lab(), [], []
-    for number in numbers or ():
-        if number in lab.PUBLISHED: continue
+    if unknown := [n for n in numbers or () if n not in lab.PUBLISHED]:
         known = ', '.join(map(str, lab.PUBLISHED))
-        raise ConfigError(f'table {number}: expected one of {known}')
+        raise ConfigError(f'table {unknown[0]}: expected one of {known}')
     wanted = numbers or list(lab.PUBLISHED)
     try:
         for number in wanted:
