@@ -68,7 +68,7 @@ benchmark: $(READY)
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
 
 robustness: $(READY)
-	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_properties.py tests/test_robustness.py
+	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py
 
 cluster-test: $(READY)
 	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py

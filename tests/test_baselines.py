@@ -10,7 +10,8 @@ import torch
 from cse.config import Config, ConfigError, fingerprint
 from cse.data.images import DataError
 from cse.data.folders import load_category
-from cse.lab.runs import METHODS, grid, make_method, run, variant
+from cse.lab.grid import grid
+from cse.lab.runs import METHODS, make_method, run, variant
 from cse.baselines.anomalib_methods import CFA, FastFlow, PatchCore
 from cse.baselines.features import MeanDistance
 from cse.baselines.registry import BASELINES
