@@ -36,4 +36,4 @@ def new_detector(
     if method not in METHODS:
         raise ConfigError(f'method={method!r}: expected one of {", ".join(METHODS)}')
     kind = METHODS[method]
-    return kind(from_profile(profile, kind.settings, **settings), textures, seed)
+    return kind(from_profile(profile, kind.config_class, **settings), textures, seed)
