@@ -1,5 +1,5 @@
 # make test      everything that is checked, on a fresh clone too
-# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with competitors, SCHEDULER=processes or an address
+# make tables    Tables 1–5 on built-in surfaces; PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES=… for some of them, METHODS=all with every baseline, SCHEDULER=processes or an address
 #                TABLES=table6_text_against_code ROWS=… SEEDS=3: where text and code differ, one choice at a time
 # make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=… as above
 # make false-alarm-rates  false-alarm rates asked for and measured; DATA=… TEXTURES=… SEEDS=…
@@ -45,6 +45,7 @@ $(READY): settings.ini setup.py
 
 test: export CUDA_VISIBLE_DEVICES :=
 test: $(READY)
+	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
@@ -61,13 +62,13 @@ tables: $(READY)
 
 benchmark: $(READY)
 	@mkdir -p results/notebooks
-	$(papermill) nbs/23_benchmark.ipynb results/notebooks/benchmark-$(call name,).ipynb -p quick False -p results results/benchmark-$(call name,) \
+	$(papermill) nbs/lab/16_benchmark.ipynb results/notebooks/benchmark-$(call name,).ipynb -p quick False -p results results/benchmark-$(call name,) \
 	  $(call given,data,$(DATA)) $(call given,textures,$(TEXTURES))
 	$(BIN)/nbdev_clean --fname results/notebooks/benchmark-$(call name,).ipynb
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
 
 robustness: $(READY)
-	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_properties.py tests/test_robustness.py
+	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py
 
 cluster-test: $(READY)
 	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py
@@ -90,7 +91,7 @@ prepare: $(READY)
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --RegexRemovePreprocessor.patterns='^\s*#\|\s*hide' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input --NbConvertApp.output_files_dir=nbs/images \
 	  --output-dir . --output README nbs/index.ipynb
-	sed -i -E 's#\]\(([0-9]|tutorials/|tables/)#](nbs/\1#g; s#\]\(\.\./#](#g' README.md
+	sed -i -E 's#\]\(([0-9]|(data|fast|extensions|baselines|deploy|lab|tutorials|tables)/)#](nbs/\1#g; s#\]\(\.\./#](#g' README.md
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache

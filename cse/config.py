@@ -34,16 +34,22 @@ def setting(
 @dataclass(frozen=True)
 class PaperSettings:
     "What the paper states (§3, §4.1)."
-    profile: str = setting('paper', 'Name of the set of values this configuration started from')
+    profile: str = setting(
+        'paper', 'Name of the set of values this configuration started from')
     resize: int = setting(
-        256, 'Side to which images are resized, pixels; 0 keeps their size', low=0, high=8192)
-    crop: int = setting(224, 'Side of the centre crop, pixels', low=32, high=8192)
-    extractor: str = setting('efficientnet_b3.ra2_in1k', 'A timm model, its weight tag included')
+        256, 'Side to which images are resized, pixels; 0 keeps their size',
+        low=0, high=8192)
+    crop: int = setting(
+        224, 'Side of the centre crop, pixels', low=32, high=8192)
+    extractor: str = setting(
+        'efficientnet_b3.ra2_in1k', 'A timm model, its weight tag included')
     layers: tuple[int, ...] = setting(
         (3, 4), 'Feature maps that are used, finest first (`out_indices` of timm)')
     defect_probability: float = setting(
-        0.5, 'Probability that the second image of a pair is corrupted', low=0, high=1)
-    embedding_dim: int = setting(64, 'Channels of the embedding', low=1, high=4096)
+        0.5, 'Probability that the second image of a pair is corrupted',
+        low=0, high=1)
+    embedding_dim: int = setting(
+        64, 'Channels of the embedding', low=1, high=4096)
     decoder: str = setting(
         'random', 'Decoder during training (§5.2, Table 5)',
         ('none', 'pretrained', 'joint', 'random'))
@@ -52,8 +58,10 @@ class PaperSettings:
     batch_size: int = setting(8, 'Pairs a step', low=1)
     lr: float = setting(4e-4, 'Learning rate of Adam', low=0)
     validation_share: float = setting(
-        0.3, 'Share of the defect-free images held out for the checkpoint', low=0.01, high=0.9)
-    clusters: int = setting(1, 'k of the k-means memory bank (§3.5)', low=1)
+        0.3, 'Share of the defect-free images held out for the checkpoint',
+        low=0.01, high=0.9)
+    clusters: int = setting(
+        1, 'k of the k-means memory bank (§3.5)', low=1)
 
 # %% ../nbs/01_config.ipynb #1a14c297
 AXES = 'positions', 'columns', 'channels'
@@ -62,7 +70,8 @@ AXES = 'positions', 'columns', 'channels'
 class CodeSettings:
     "Where the text and the released code disagree, or the text is silent."
     texture_channels: str = setting(
-        'rgb', 'Channel order of pasted textures; the released code pastes BGR into RGB', ('rgb', 'bgr'))
+        'rgb', 'Channel order of pasted textures; the released code pastes BGR into RGB',
+        ('rgb', 'bgr'))
     pair_splits: str = setting(
         'one', 'Do both images of a pair share one train/validation split, or has each its own?',
         ('one', 'two'))
@@ -88,11 +97,13 @@ class CodeSettings:
         'fixed', 'Defects of the validation pairs: the same every epoch, or drawn anew',
         ('fixed', 'fresh'))
     checkpoint: str = setting(
-        'best', 'Weights that are kept: minimum validation loss, or the last epoch', ('best', 'last'))
+        'best', 'Weights that are kept: minimum validation loss, or the last epoch',
+        ('best', 'last'))
     prototype: str = setting(
         'centre', 'What stands for a cluster: its centre or the training sample nearest to it',
         ('centre', 'nearest'))
-    score_axis: str = setting('positions', 'What the scoring cosine runs over', AXES)
+    score_axis: str = setting(
+        'positions', 'What the scoring cosine runs over', AXES)
     cluster_reduction: str = setting(
         'min', 'Which cluster distance is the score; the released code takes the largest',
         ('min', 'max'))
@@ -101,7 +112,7 @@ class CodeSettings:
         ('squared', 'none'))
 
 # %% ../nbs/01_config.ipynb #d9a98864
-TILDA_FABRICS = 'c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3' # as in the release
+TILDA_FABRICS = 'c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3'
 
 def _seed(of: str):
     doc = f'Seed of {of}; -1 is the seed of the run'
@@ -119,11 +130,13 @@ class RunSettings:
     grey_textures: bool = setting(
         False, 'Turn pasted textures grey, so that colour does not betray them on grey surfaces')
     tilda_types: str = setting(
-        ','.join(TILDA_FABRICS), 'Fabrics of TILDA called tilda1 to tilda8, in this order', selects=True)
+        ','.join(TILDA_FABRICS), 'Fabrics of TILDA called tilda1 to tilda8, in this order',
+        selects=True)
     tilda_train_share: float = setting(
         0.8, 'Share of the good TILDA frames used for training; the others test',
         low=0.1, high=0.9, selects=True)
-    tilda_split_seed: int = setting(0, 'Seed by which these frames are drawn', low=0, selects=True)
+    tilda_split_seed: int = setting(
+        0, 'Seed by which these frames are drawn', low=0, selects=True)
     split_seed: int = _seed('the train/validation split')
     weights_seed: int = _seed('the initial weights of embedder and decoder')
     order_seed: int = _seed('which images are paired, and in which order')
@@ -134,8 +147,10 @@ class RunSettings:
     device: str = setting(
         'auto', "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'", runtime=True)
     engine: str = setting(
-        'auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'), runtime=True)
-    workers: int = setting(2, 'Threads that read images', low=1, high=256, runtime=True)
+        'auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'),
+        runtime=True)
+    workers: int = setting(
+        2, 'Threads that read images', low=1, high=256, runtime=True)
     cache_mb: int = setting(
         1024, 'Memory for images and features of a run, MB; beyond it they are mapped to disk',
         low=0, runtime=True)
@@ -145,30 +160,36 @@ def _is_of_type(value, kind: type) -> bool:
     "Is `value` what the annotation `kind` announces? `True` is no number here."
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_is_of_type(v, int) for v in value)
-    if kind is bool or isinstance(value, bool): return kind is bool and isinstance(value, bool)
-    if kind is float: return isinstance(value, (int, float)) and math.isfinite(value)
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
     return isinstance(value, kind)
 
+# %% ../nbs/01_config.ipynb #88b5affe
 def _expected(kind: type, about: dict) -> str:
     "The allowed values of a setting in words."
-    name = 'whole numbers' if kind == tuple[int, ...] else getattr(kind, '__name__', str(kind))
+    words = 'whole numbers' if kind == tuple[int, ...] else kind.__name__
+    choices, low, high = (about[k] for k in ('choices', 'low', 'high'))
     limits = []
-    if about['choices']: limits.append(f'one of {", ".join(map(repr, about["choices"]))}')
-    if about['low'] is not None: limits.append(f'at least {about["low"]}')
-    if about['high'] is not None: limits.append(f'at most {about["high"]}')
-    return ', '.join([name, ' and '.join(limits)] if limits else [name])
+    if choices: limits.append(f'one of {", ".join(map(repr, choices))}')
+    if low is not None: limits.append(f'at least {low}')
+    if high is not None: limits.append(f'at most {high}')
+    return f'{words}, {" and ".join(limits)}' if limits else words
+
+def _within(value, about: dict) -> bool:
+    "Is a value among the choices and within the limits?"
+    if about['choices'] and value not in about['choices']: return False
+    if about['low'] is not None and value < about['low']: return False
+    return about['high'] is None or value <= about['high']
 
 def _checked(f: dataclasses.Field, kind: type, value):
     "The value of a setting, of the type it is annotated with. Raises `ConfigError`."
     if isinstance(value, list): value = tuple(value)
     if kind is float and type(value) is int: value = float(value)
-    about = f.metadata
-    fits = _is_of_type(value, kind)
-    fits = fits and (not about['choices'] or value in about['choices'])
-    fits = fits and (about['low'] is None or value >= about['low'])
-    fits = fits and (about['high'] is None or value <= about['high'])
-    if fits: return value
-    raise ConfigError(f'{f.name}={value!r}: expected {_expected(kind, about)} ({about["doc"]})')
+    if _is_of_type(value, kind) and _within(value, f.metadata): return value
+    expected, doc = _expected(kind, f.metadata), f.metadata['doc']
+    raise ConfigError(f'{f.name}={value!r}: expected {expected} ({doc})')
 
 # %% ../nbs/01_config.ipynb #39558f96
 def _check_names(kind: type, names):
@@ -179,24 +200,26 @@ def _check_names(kind: type, names):
         near = difflib.get_close_matches(name, allowed, 1)
         value = f'={names[name]!r}' if isinstance(names, dict) else ''
         hint = f'; did you mean {near[0]!r}?' if near else ''
-        raise ConfigError(f'{name}{value}: no such setting{hint} Settings: {", ".join(allowed)}')
+        raise ConfigError(
+            f'{name}{value}: no such setting{hint} Settings: {", ".join(allowed)}')
 
-def _check_together(config: 'Config'):
+def _check_together(c: 'Config'):
     "Refuse settings that do not go together."
-    c = config
+    fabrics = ', '.join(TILDA_FABRICS)
     if c.resize and c.crop > c.resize:
         raise ConfigError(f'crop={c.crop}: expected at most resize={c.resize} '
                           '(or resize=0, which keeps the size of the images)')
     if c.crop % 8:
         raise ConfigError(f'crop={c.crop}: expected a multiple of 8 '
                           '(structural defects shuffle 8×8 cells)')
-    if not c.layers: raise ConfigError('layers=(): expected at least one feature map')
+    if not c.layers:
+        raise ConfigError('layers=(): expected at least one feature map')
     if list(c.layers) != sorted({*c.layers}):
         raise ConfigError(f'layers={c.layers}: expected whole numbers that rise')
     if c.lr == 0: raise ConfigError('lr=0: expected a number above 0')
     if sorted(c.tilda_types.split(',')) != sorted(TILDA_FABRICS):
-        raise ConfigError(f'tilda_types={c.tilda_types!r}: expected each of '
-                          f'{", ".join(TILDA_FABRICS)} once, in any order, separated by commas')
+        raise ConfigError(f'tilda_types={c.tilda_types!r}: expected each of {fabrics} '
+                          'once, in any order, separated by commas')
 
 # %% ../nbs/01_config.ipynb #1567ad9a
 @dataclass(frozen=True)
@@ -259,11 +282,14 @@ class Config(RunSettings, CodeSettings, PaperSettings):
 
 # %% ../nbs/01_config.ipynb #57a425db
 _OFFICIAL = dict(
-    epochs=50, validation_share=0.2, cycle_momentum=True, weight_decay_scope='embedder',
-    train_axis='columns', score_axis='channels', embedder_batchnorm='frozen',
-    decoder_freeze='optimiser', pair_splits='two', validation_defects='fresh',
-    prototype='nearest', cluster_reduction='max', texture_channels='bgr')
-_SMOKE = dict(epochs=10, extractor='tf_efficientnet_lite0', weights='packaged')
+    epochs=50, validation_share=0.2, cycle_momentum=True,
+    weight_decay_scope='embedder', train_axis='columns',
+    score_axis='channels', embedder_batchnorm='frozen',
+    decoder_freeze='optimiser', pair_splits='two',
+    validation_defects='fresh', prototype='nearest',
+    cluster_reduction='max', texture_channels='bgr')
+_SMOKE = dict(
+    epochs=10, extractor='tf_efficientnet_lite0', weights='packaged')
 PROFILES = {'paper': {}, 'official': _OFFICIAL, 'smoke': _SMOKE}
 
 def from_profile(
@@ -273,7 +299,8 @@ def from_profile(
 ) -> Config: # The profile with the changes
     "A profile by its name. Raises `ConfigError` for an unknown profile, setting or value."
     if profile not in PROFILES:
-        raise ConfigError(f'profile={profile!r}: expected one of {", ".join(map(repr, PROFILES))}')
+        known = ', '.join(map(repr, PROFILES))
+        raise ConfigError(f'profile={profile!r}: expected one of {known}')
     _check_names(kind, changes)
     return kind(**dict(profile=profile) | PROFILES[profile] | changes)
 
@@ -283,9 +310,10 @@ def differences(
     b: Config, # The other
 ) -> dict[str, tuple]: # Setting → (value in a, value in b)
     "The settings in which two configurations differ, their names aside."
-    names = [f.name for f in fields(a) if f.name != 'profile' and hasattr(b, f.name)]
-    pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
-    return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
+    names = [f.name for f in fields(a) if f.name != 'profile']
+    shared = [name for name in names if hasattr(b, name)]
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in shared}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 # %% ../nbs/01_config.ipynb #4067bfcc
 def digest(
@@ -296,22 +324,26 @@ def digest(
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
+# %% ../nbs/01_config.ipynb #55b11781
 def _decides(config: Config, f: dataclasses.Field) -> bool:
     "Does a setting decide what a run makes of its images?"
-    if f.name == 'profile' or f.metadata['runtime'] or f.metadata['selects']: return False
-    return not (f.metadata['optional'] and getattr(config, f.name) == f.default)
+    about, value = f.metadata, getattr(config, f.name)
+    if f.name == 'profile' or about['runtime'] or about['selects']: return False
+    return not (about['optional'] and value == f.default)
 
 def fingerprint(
     config: Config, # Any configuration
 ) -> str: # 12 hexadecimal digits
     "Hash of the settings that decide what a run makes of its images."
     values = config.to_dict()
-    return digest({f.name: values[f.name] for f in fields(config) if _decides(config, f)})
+    names = [f.name for f in fields(config) if _decides(config, f)]
+    return digest({name: values[name] for name in names})
 
 # %% ../nbs/01_config.ipynb #22eca082
 def describe(
     config: Config, # Any configuration
 ) -> str: # One line a setting
     "A readable listing of a configuration."
-    lines = [f'{f.name:20} {getattr(config, f.name)!s:26} {f.metadata["doc"]}' for f in fields(config)]
-    return '\n'.join(lines)
+    return '\n'.join(
+        f'{f.name:20} {getattr(config, f.name)!s:26} {f.metadata["doc"]}'
+        for f in fields(config))

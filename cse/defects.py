@@ -46,7 +46,8 @@ def perlin_noise(
     across = fade(dx).expand(size, size)
     top = torch.lerp(corner(0, 0), corner(0, 1), across)
     bottom = torch.lerp(corner(1, 0), corner(1, 1), across)
-    return math.sqrt(2) * torch.lerp(top, bottom, fade(dy).expand(size, size))
+    down = fade(dy).expand(size, size)
+    return math.sqrt(2) * torch.lerp(top, bottom, down)
 
 # %% ../nbs/02_defects.ipynb #ee264639
 def rotate(
@@ -54,8 +55,8 @@ def rotate(
     degrees: float, # Angle, counter-clockwise
 ) -> torch.Tensor: # C×H×W, zero where the rotated image does not reach
     "Rotate about the centre with bilinear interpolation."
-    bilinear = tv.InterpolationMode.BILINEAR
-    return tv.affine(image, -degrees, [0, 0], 1, [0, 0], interpolation=bilinear)
+    mode = tv.InterpolationMode.BILINEAR
+    return tv.affine(image, -degrees, [0, 0], 1, [0, 0], interpolation=mode)
 
 def draw_noise(
     size: int, # Side of the image, pixels
@@ -64,7 +65,8 @@ def draw_noise(
     "Perlin noise on a random lattice, rotated by a random angle (§3.1)."
     u = torch.rand(3 + LATTICE**2, generator=generator)
     cells = [2 ** int(6 * c) for c in u[:2]]
-    noise = perlin_noise(size, cells, 2 * math.pi * u[3:].view(LATTICE, LATTICE))
+    angles = 2 * math.pi * u[3:].view(LATTICE, LATTICE)
+    noise = perlin_noise(size, cells, angles)
     return rotate(noise[None], 180 * u[2].item() - 90)[0]
 
 # %% ../nbs/02_defects.ipynb #fe5b6549
@@ -74,15 +76,15 @@ SMALLEST = 100 / 224**2 # of the image's area
 def draw_mask(
     size: int, # Side of the image, pixels
     generator: torch.Generator, # Source of every draw
-) -> tuple[torch.Tensor, torch.Tensor]: # 1×size×size mask of zeros and ones; the noise it comes from
-    "Thresholded Perlin noise, drawn again until at least 100 pixels (at 224²) are set (§3.1)."
+) -> tuple[torch.Tensor, torch.Tensor]: # 1×size×size mask of 0 and 1; its noise
+    "Thresholded Perlin noise of at least 100 pixels, at 224² (§3.1)."
     while True:
         noise = draw_noise(size, generator)
         mask = (noise > THRESHOLD).float()
         if mask.sum() >= SMALLEST * size**2: return mask[None], noise
 
 # %% ../nbs/02_defects.ipynb #efbdcbb2
-Augmentation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor] # of an image and three numbers u
+Augmentation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor] # of an image and u
 
 def between(u: torch.Tensor, low: float, high: float) -> float:
     "A number in [0, 1), mapped to a range."
@@ -92,47 +94,62 @@ def shift_hsv(
     image: torch.Tensor, # 3×H×W in [0, 1]
     hue: float = 0, # Shift of the hue, in turns of the colour circle
     factor: float = 1, # Factor of the saturation
-    add: float = 0, # Addition to the saturation; grey pixels, whose hue is 0, turn reddish
+    add: float = 0, # Addition to the saturation; greys, of hue 0, turn reddish
 ) -> torch.Tensor: # 3×H×W in [0, 1]
     "Change hue and saturation in HSV space, keeping the value."
     from skimage.color import hsv2rgb, rgb2hsv
     h, s, v = rgb2hsv(image.numpy(), channel_axis=0)
     h = (h + hue) % 1
     s = (s * factor + add).clip(0, 1)
-    return torch.from_numpy(hsv2rgb(np.stack([h, s, v]), channel_axis=0)).float()
+    changed = hsv2rgb(np.stack([h, s, v]), channel_axis=0)
+    return torch.from_numpy(changed).float()
 
 # %% ../nbs/02_defects.ipynb #d04f822e
-def mirror(image, u): return tv.horizontal_flip(image) if u[0] < 0.5 else image
+def mirror(image, u):
+    return tv.horizontal_flip(image) if u[0] < 0.5 else image
 
-def rotation(image, u): return rotate(image, between(u[0], -45, 45))
+def rotation(image, u):
+    return rotate(image, between(u[0], -45, 45))
 
-def brightness(image, u): return tv.adjust_brightness(image, between(u[0], 0.8, 1.2))
+def brightness(image, u):
+    return tv.adjust_brightness(image, between(u[0], 0.8, 1.2))
 
-def saturation(image, u): return shift_hsv(image, factor=between(u[0], 0.5, 1.5))
+def saturation(image, u):
+    return shift_hsv(image, factor=between(u[0], 0.5, 1.5))
 
-def hue(image, u): return tv.adjust_hue(image, between(u[0], -50 / 255, 50 / 255))
+def hue(image, u):
+    return tv.adjust_hue(image, between(u[0], -50 / 255, 50 / 255))
 
-STRUCTURAL: tuple[Augmentation, ...] = mirror, rotation, brightness, saturation, hue
+STRUCTURAL: tuple[Augmentation, ...] = (
+    mirror, rotation, brightness, saturation, hue)
 
 # %% ../nbs/02_defects.ipynb #dfb2169a
 def levels(image: torch.Tensor) -> torch.Tensor:
     "An image in [0, 1] as 256 whole levels."
     return (image * 255).round().byte()
 
-def gamma(image, u): return image ** (0.5 + 1.5 * u.view(3, 1, 1)) # one exponent a channel
+def gamma(image, u):
+    return image ** (0.5 + 1.5 * u.view(3, 1, 1)) # one exponent a channel
 
 def multiply_add(image, u):
-    return (image * between(u[0], 0.8, 1.2) + between(u[1], -30 / 255, 30 / 255)).clamp(0, 1)
+    factor = between(u[0], 0.8, 1.2)
+    add = between(u[1], -30 / 255, 30 / 255)
+    return (image * factor + add).clamp(0, 1)
 
-def sharpness(image, u): return tv.adjust_sharpness(image, between(u[0], 0, 2))
+def sharpness(image, u):
+    return tv.adjust_sharpness(image, between(u[0], 0, 2))
 
 def hue_saturation(image, u):
-    return shift_hsv(image, between(u[0], -10 / 255, 10 / 255), add=between(u[1], -10 / 255, 10 / 255))
+    shift, add = (between(v, -10 / 255, 10 / 255) for v in u[:2])
+    return shift_hsv(image, shift, add=add)
 
 def solarize(image, u):
-    return tv.solarize(image, between(u[1], 32 / 255, 128 / 255)) if u[0] < 0.5 else image
+    threshold = between(u[1], 32 / 255, 128 / 255)
+    return tv.solarize(image, threshold) if u[0] < 0.5 else image
 
-def posterize(image, u): return tv.posterize(levels(image), 1 + int(8 * u[0])) / 255
+def posterize(image, u):
+    bits = 1 + int(8 * u[0])
+    return tv.posterize(levels(image), bits) / 255
 
 def invert(image, u): return tv.invert(image)
 
@@ -141,7 +158,8 @@ def autocontrast(image, u): return tv.autocontrast(image)
 def equalize(image, u): return tv.equalize(levels(image)) / 255
 
 TEXTURAL: tuple[Augmentation, ...] = (
-    gamma, multiply_add, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize)
+    gamma, multiply_add, sharpness, hue_saturation,
+    solarize, posterize, invert, autocontrast, equalize)
 
 # %% ../nbs/02_defects.ipynb #40f32a12
 def augment(
@@ -150,7 +168,8 @@ def augment(
     strengths: torch.Tensor, # Three numbers in [0, 1) for each
 ) -> torch.Tensor: # 3×H×W in [0, 1]
     "Augmentations, one after the other (§3.1)."
-    for augmentation, u in zip(augmentations, strengths): image = augmentation(image, u)
+    for augmentation, u in zip(augmentations, strengths):
+        image = augmentation(image, u)
     return image
 
 # %% ../nbs/02_defects.ipynb #cc38e632
@@ -171,24 +190,30 @@ class Draws:
     def make(cls, generator: torch.Generator) -> 'Draws':
         "Draw for one image."
         u = torch.rand(25 + GRID**2, generator=generator)
-        structural = [STRUCTURAL[i] for i in u[2:7].argsort()[:3]]
-        textural = [TEXTURAL[i] for i in u[7:16].argsort()[:3]]
-        return cls(int(3 * u[0]), float(u[1]), structural, textural, u[16:25].view(3, 3), u[25:].argsort())
+        return cls(
+            kind=int(3 * u[0]),
+            choice=float(u[1]),
+            structural=[STRUCTURAL[i] for i in u[2:7].argsort()[:3]],
+            textural=[TEXTURAL[i] for i in u[7:16].argsort()[:3]],
+            strengths=u[16:25].view(3, 3),
+            cells=u[25:].argsort())
 
 # %% ../nbs/02_defects.ipynb #8f721361
 def shuffle(
     image: torch.Tensor, # 3×side×side, the side a multiple of 8
-    order: torch.Tensor, # 64 places: which cell comes to the first place, and so on
+    order: torch.Tensor, # 64 places: which cell comes first, and so on
 ) -> torch.Tensor: # 3×side×side
     "The image cut into 8×8 cells that are put together in another order."
     side = image.shape[-1] // GRID
-    cells = image.unfold(1, side, side).unfold(2, side, side) # 3×8×8×side×side
-    cells = cells.flatten(1, 2)[:, order].view(3, GRID, GRID, side, side)
+    cells = image.unfold(1, side, side).unfold(2, side, side)
+    cells = cells.flatten(1, 2)[:, order] # 3×64×side×side
+    cells = cells.view(3, GRID, GRID, side, side)
     return cells.transpose(2, 3).reshape(image.shape)
 
 def structural(image: torch.Tensor, draws: Draws) -> torch.Tensor:
     "The image augmented and shuffled (§3.1)."
-    return shuffle(augment(image, draws.structural, draws.strengths), draws.cells)
+    augmented = augment(image, draws.structural, draws.strengths)
+    return shuffle(augmented, draws.cells)
 
 # %% ../nbs/02_defects.ipynb #eef94532
 def textural(texture: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -201,7 +226,7 @@ def blurry(image: torch.Tensor, draws: Draws) -> torch.Tensor:
     return tv.gaussian_blur(image, [side, side], [6., 6.])
 
 # %% ../nbs/02_defects.ipynb #46b0751c
-Textures = str | Path | np.ndarray | torch.Tensor # a folder, or M×3×h×w, uint8 or float in [0, 1]
+Textures = str | Path | np.ndarray | torch.Tensor # a folder, or M×3×h×w
 
 def load_textures(
     textures: Textures | None, # Built-in ones if not given or empty
@@ -218,23 +243,15 @@ def _check_textures(textures):
     "Raise `DataError` for textures of another form."
     shape = tuple(getattr(textures, 'shape', ()))
     if len(shape) != 4 or shape[0] == 0 or shape[1] != 3:
-        raise DataError(f'textures: got shape {shape}; expected M×3×h×w with at least one image')
+        raise DataError(f'textures: got shape {shape}; '
+                        'expected M×3×h×w with at least one image')
     if 'uint8' in str(textures.dtype): return
     low, high = textures.min(), textures.max()
     if not (0 <= low and high <= 1):
         raise DataError(f'textures: hold values from {low:.3g} to {high:.3g}; '
                         'expected uint8, or floats in [0, 1]')
 
-def _check_images(images, generators):
-    "Raise `DataError` for images of another form, or another number of generators."
-    shape = tuple(images.shape)
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] % GRID:
-        raise DataError(f'images: got shape {shape}; expected N×3×H×W, square, '
-                        f'with a side that is a multiple of {GRID}')
-    if len(generators) != len(images):
-        raise DataError(f'generators: got {len(generators)} for {len(images)} images; expected one each')
-
-# %% ../nbs/02_defects.ipynb #6e06875b
+# %% ../nbs/02_defects.ipynb #6aee8ebd
 Generators = torch.Generator | list[torch.Generator] # one for all, or one an image
 
 def one_each(generator: Generators, count: int) -> list[torch.Generator]:
@@ -243,6 +260,18 @@ def one_each(generator: Generators, count: int) -> list[torch.Generator]:
     seeds = torch.randint(2**62, (count,), generator=generator)
     return [torch.Generator().manual_seed(int(s)) for s in seeds]
 
+def _check_images(images, generators):
+    "Raise `DataError` for images of another form, or another number of generators."
+    shape, count = tuple(images.shape), len(generators)
+    batch = len(shape) == 4 and shape[1] == 3
+    if not batch or shape[2] != shape[3] or shape[2] % GRID:
+        raise DataError(f'images: got shape {shape}; expected N×3×H×W, square, '
+                        f'with a side that is a multiple of {GRID}')
+    if count != len(images):
+        raise DataError(f'generators: got {count} for {len(images)} images; '
+                        'expected one each')
+
+# %% ../nbs/02_defects.ipynb #6e06875b
 class DefectGenerator:
     "Pastes synthetic defects into images (§3.1, Figure 3)."
     def __init__(self,
@@ -261,40 +290,44 @@ class DefectGenerator:
         textures: Textures | None = None, # Built-in ones if not given or empty
     ) -> 'DefectGenerator':
         "The generator that a detector with these settings trains on."
-        return cls(load_textures(textures, config), config.texture_channels, config.grey_textures)
+        textures = load_textures(textures, config)
+        return cls(textures, config.texture_channels, config.grey_textures)
 
     def texture(self,
         place: int, # Which one
         side: int, # To which side it is resized, pixels
-    ) -> torch.Tensor: # 3×side×side in [0, 1]
+    ) -> torch.Tensor: # 3×H×W in [0, 1]
         "One of the textures."
         chosen = torch.as_tensor(self.textures[place])
         if chosen.dtype == torch.uint8: chosen = chosen / 255
-        if chosen.shape[-1] != side or chosen.shape[-2] != side:
-            small = F.interpolate(chosen[None], (side, side), mode='bilinear', antialias=True)
-            chosen = small[0].clamp_(0, 1)
+        if chosen.shape[-2:] != (side, side):
+            chosen = F.interpolate(
+                chosen[None], (side, side), mode='bilinear', antialias=True)
+            chosen = chosen[0].clamp_(0, 1)
         return chosen.flip(0) if self.channels == 'bgr' else chosen
 
     def source(self,
-        image: torch.Tensor, # 3×side×side in [0, 1]
+        image: torch.Tensor, # 3×H×W in [0, 1]
         draws: Draws, # What is random about it
-    ) -> torch.Tensor: # 3×side×side in [0, 1]
+    ) -> torch.Tensor: # 3×H×W in [0, 1]
         "What is pasted into an image."
         kind = KINDS[draws.kind]
         if kind == 'structural': return structural(image, draws)
         if kind == 'blurry': return blurry(image, draws)
-        texture = self.texture(int(draws.choice * len(self.textures)), image.shape[-1])
-        source = textural(texture, draws)
-        return source.mean(0, keepdim=True).expand_as(source) if self.grey else source
+        place = int(draws.choice * len(self.textures))
+        source = textural(self.texture(place, image.shape[-1]), draws)
+        if not self.grey: return source
+        return source.mean(0, keepdim=True).expand_as(source)
 
     def corrupt(self,
-        image: torch.Tensor, # 3×side×side in [0, 1]
+        image: torch.Tensor, # 3×H×W in [0, 1]
         generator: torch.Generator, # Source of every draw
-    ) -> tuple[torch.Tensor, torch.Tensor, int]: # Corrupted image; mask; kind, a place in `KINDS`
+    ) -> tuple[torch.Tensor, torch.Tensor, int]: # Corrupted image; mask; place in `KINDS`
         "One image with a synthetic defect."
         draws = Draws.make(generator)
         mask, _ = draw_mask(image.shape[-1], generator)
-        return image * (1 - mask) + self.source(image, draws) * mask, mask, draws.kind
+        corrupted = image * (1 - mask) + self.source(image, draws) * mask
+        return corrupted, mask, draws.kind
 
     def __call__(self,
         images: torch.Tensor, # N×3×H×W in [0, 1], H = W a multiple of 8
@@ -303,6 +336,8 @@ class DefectGenerator:
         "Corrupt every image of a batch. Raises `DataError` for images of another form."
         generators = one_each(generator, len(images))
         _check_images(images, generators)
-        found = [self.corrupt(image, g) for image, g in zip(images.cpu(), generators)]
+        pairs = zip(images.cpu(), generators)
+        found = [self.corrupt(image, g) for image, g in pairs]
         corrupted, masks, kinds = zip(*found)
-        return torch.stack(corrupted).to(images), torch.stack(masks).to(images), torch.tensor(kinds)
+        corrupted = torch.stack(corrupted).to(images)
+        return corrupted, torch.stack(masks).to(images), torch.tensor(kinds)

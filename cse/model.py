@@ -26,8 +26,10 @@ def resize_map(
 ) -> torch.Tensor: # N×C×height×width
     "Bilinear resizing with aligned corners."
     if tuple(maps.shape[2:]) == tuple(size): return maps
-    return F.interpolate(maps, size, mode='bilinear', align_corners=True)
+    return F.interpolate(
+        maps, size, mode='bilinear', align_corners=True)
 
+# %% ../nbs/04_model.ipynb #85b5f39d
 class Embedder(nn.Module):
     "From feature maps, finest first, to the embedding (§3.2)."
     def __init__(self,
@@ -35,16 +37,18 @@ class Embedder(nn.Module):
         dim: int = 64, # Channels of the embedding
     ):
         super().__init__()
-        total = sum(channels)
         self.channels = list(channels)
+        total = sum(channels)
+        half, quarter = total // 2, total // 4
         self.blocks = nn.Sequential(
-            block(total, total // 2), block(total // 2, total // 4), block(total // 4, dim))
+            block(total, half), block(half, quarter), block(quarter, dim))
 
     def forward(self,
         features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
-    ) -> tuple[torch.Tensor, torch.Tensor]: # u: N×dim×H×W of the finest map's size; z: N×dim×H/2×W/2
+    ) -> tuple[torch.Tensor, torch.Tensor]: # u: N×dim×H×W; z: N×dim×H/2×W/2
         size = features[0].shape[2:]
-        u = self.blocks(torch.cat([resize_map(f, size) for f in features], 1))
+        joined = torch.cat([resize_map(f, size) for f in features], 1)
+        u = self.blocks(joined)
         return u, F.avg_pool2d(u, 2)
 
 # %% ../nbs/04_model.ipynb #6b92e8b1
@@ -75,10 +79,12 @@ def freeze(
 ) -> Decoder: # The same
     "Keep a decoder fixed; it goes on using batch statistics (§3.4)."
     if how not in ('gradients', 'optimiser'):
-        raise ConfigError(f"decoder_freeze={how!r}: expected 'gradients' or 'optimiser'")
+        raise ConfigError(
+            f"decoder_freeze={how!r}: expected 'gradients' or 'optimiser'")
     if how == 'optimiser': return decoder.train()
     decoder.requires_grad_(False)
     for m in decoder.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.track_running_stats, m.running_mean, m.running_var = False, None, None
+        if not isinstance(m, nn.BatchNorm2d): continue
+        m.track_running_stats = False
+        m.running_mean = m.running_var = None
     return decoder.train()

@@ -43,7 +43,8 @@ class MemoryBank(nn.Module):
         if reduction not in ('min', 'max'):
             raise ConfigError(f"cluster_reduction={reduction!r}: expected 'min' or 'max'")
         super().__init__()
-        self.clusters, self.prototype, self.axis, self.reduction = clusters, prototype, axis, reduction
+        self.clusters, self.prototype = clusters, prototype
+        self.axis, self.reduction = axis, reduction
         self.prototypes = None # k×C×H×W, after `fit`
 
     @classmethod

@@ -23,8 +23,8 @@ from .losses import contrastive_cosine_loss, decoder_loss, reduce_loss, total_lo
 
 # %% ../nbs/06_training.ipynb #020d1424
 def pair_splits(
-    count: int, # Number of defect-free images
-    config: Config, # Its `validation_share` and `pair_splits` are used
+    count: int, # Of defect-free images
+    config: Config, # Every setting
     seed: int, # Seed of the run
 ) -> tuple: # Training indices of the first and second images, then their validation indices
     "Which images are paired in training and in validation (§4.1)."
@@ -36,12 +36,13 @@ def pair_splits(
 
 # %% ../nbs/06_training.ipynb #4463df13
 def pair_up(
-    first: torch.Tensor, # Indices of the first images
+    first: torch.Tensor, # Indices
     second: torch.Tensor, # Indices of the second images; `first` itself with one split
     generator: torch.Generator | None, # Shuffles; None keeps the order
 ) -> tuple[torch.Tensor, torch.Tensor]: # Indices of the first and of the second images
     "Pair every first image with another one (§3.2)."
-    one_split, n = first is second, len(first)
+    n = len(first)
+    one_split = first is second
     if generator is None: return first, first.roll(1) if one_split else second
     first = first[torch.randperm(n, generator=generator)]
     if not one_split: return first, second[torch.randperm(n, generator=generator)]
@@ -49,19 +50,20 @@ def pair_up(
 
 # %% ../nbs/06_training.ipynb #0240d03c
 Features = list[torch.Tensor] # a map a layer, N×C×H×W, finest first
-Pairs = tuple[Features, Features, torch.Tensor] # of first and second images; which second ones are defective
+Pairs = tuple[Features, Features, torch.Tensor] # of both images; which second ones are defective
 
 class PairSampler:
     "Features of pairs of images (§3.2)."
     def __init__(self,
         images: torch.Tensor, # N×3×H×W defect-free images in [0, 1]
-        extractor: FeatureExtractor, # The frozen extractor
-        defects: DefectGenerator, # Makes synthetic defects
+        extractor: FeatureExtractor, # Frozen
+        defects: DefectGenerator,
         config: Config, # Splits, batch size and probability of a defect
         seed: int = 0, # Seed of the run
     ):
         self.images, self.extractor, self.defects = images, extractor, defects
-        self.config, self.seed = config, seed
+        self.config = config
+        self.seed = seed
         splits = pair_splits(len(images), config, seed)
         self.train_indices, self.validation_indices = splits[:2], splits[2:]
 
@@ -74,9 +76,9 @@ class PairSampler:
         return self.extractor(self.images[indices])
 
     def draw(self,
-        indices: torch.Tensor, # The second images of some pairs
-        *purpose, # What they are for: words and numbers
-    ) -> tuple[list[torch.Generator], torch.Tensor]: # A generator an image; which are to be corrupted
+        indices: torch.Tensor, # Second images
+        *purpose, # Words and numbers
+    ) -> tuple[list[torch.Generator], torch.Tensor]: # A generator an image; which to corrupt
         "Decide which images are corrupted (§3.2)."
         seed = self.config.source_seed(self.seed, 'defects')
         generators = [seeded(seed, *purpose, i) for i in indices.tolist()]
@@ -84,8 +86,8 @@ class PairSampler:
         return generators, draws < self.config.defect_probability
 
     def partners(self,
-        indices: torch.Tensor, # The second images of some pairs
-        *purpose, # What they are for: words and numbers
+        indices: torch.Tensor, # Second images
+        *purpose, # Words and numbers
     ) -> tuple[Features, torch.Tensor]: # Their features; which of them are defective
         "Features of second images, some of them corrupted (§3.2)."
         generators, defective = self.draw(indices, *purpose)
@@ -96,7 +98,7 @@ class PairSampler:
         return self.extractor(images), defective.to(self.extractor.device)
 
     def pair_up(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Indices of the pairs of an epoch."
+        "Pairs of an epoch, as indices."
         seed = self.config.source_seed(self.seed, 'order')
         return pair_up(*self.train_indices, seeded(seed, 'pairs', epoch))
 
@@ -110,7 +112,8 @@ class PairSampler:
     def validation(self, epoch: int) -> Iterator[Pairs]:
         "Batches of validation pairs, with the same defects every epoch or new ones."
         first, second = pair_up(*self.validation_indices, None)
-        purpose = ('validation',) if self.config.validation_defects == 'fixed' else ('validation', epoch)
+        purpose = ['validation']
+        if self.config.validation_defects != 'fixed': purpose.append(epoch)
         size = self.config.batch_size
         for i, j in zip(first.split(size), second.split(size)):
             yield self.features(i), *self.partners(j, *purpose)
@@ -125,11 +128,11 @@ class PairSampler:
 # %% ../nbs/06_training.ipynb #725ba115
 def pair_losses(
     embedder: Embedder, # Being trained
-    decoder: Decoder | None, # None without one
-    first: Features, # Of the defect-free images
+    decoder: Decoder | None, # If any
+    first: Features, # Defect-free ones
     second: Features, # Of their partners
-    defective: torch.Tensor, # Which partners are corrupted
-    config: Config, # Its `train_axis` and `contrastive_weight` are used
+    defective: torch.Tensor, # Which partners
+    config: Config, # Every setting
 ) -> tuple[torch.Tensor, torch.Tensor]: # One loss a pair (Eq. 6); embeddings z of the first images
     "Loss of each pair."
     (u, z), (_, z2) = embedder(first), embedder(second)
@@ -144,7 +147,8 @@ def collapse_statistics(
     z: torch.Tensor, # N×C×H×W embeddings
 ) -> dict[str, float]: # variance and between_images in [0, 1], dimensions in [1, C]
     "How far an embedding has collapsed; NaN where its squares are no finite numbers."
-    centred = z - z.mean((0, 2, 3), keepdim=True)
+    mean = z.mean((0, 2, 3), keepdim=True)
+    centred = z - mean
     spread = centred.square().mean().clamp(min=1e-12)
     rows = centred.transpose(0, 1).flatten(1)
     products = (rows @ rows.T).double()
@@ -160,9 +164,9 @@ def collapse_statistics(
 # %% ../nbs/06_training.ipynb #4f36608a
 def make_optimizer(
     network: nn.Module, # Trained
-    decoder: Decoder | None, # Trained too, or None
-    config: Config, # Learning rate, schedule and weight decay
-    steps: int, # Of the whole training run
+    decoder: Decoder | None, # Trained too
+    config: Config, # Every setting
+    steps: int, # Of the whole run
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]: # Optimiser and schedule
     "Adam and a one-cycle schedule over all steps (§4.1)."
     groups = [dict(params=list(network.parameters()), weight_decay=config.weight_decay)]
@@ -175,7 +179,7 @@ def make_optimizer(
     return optimizer, one_cycle(optimizer, peak, total_steps=steps, cycle_momentum=momentum)
 
 def update(optimizer, schedule, loss: torch.Tensor):
-    "One step down the gradient of a loss."
+    "One step down the gradient."
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -192,18 +196,18 @@ def _initialised(make, seed, purpose):
         return make()
 
 def make_embedder(
-    channels: list[int], # Channels of each feature map
-    config: Config, # Its `embedding_dim` is used
+    channels: list[int], # One a feature map
+    config: Config, # Every setting
     seed: int, # Seed of the run
-    kind: type[Embedder] = Embedder, # Its class
+    kind: type[Embedder] = Embedder,
 ) -> Embedder: # With its initial weights
     "A fresh embedder."
     seed = config.source_seed(seed, 'weights')
     return _initialised(lambda: kind(channels, config.embedding_dim), seed, 'embedder')
 
 def make_decoder(
-    channels: list[int], # Channels of each feature map
-    config: Config, # Its `decoder` and `embedding_dim` are used
+    channels: list[int], # One a feature map
+    config: Config, # Every setting
     seed: int, # Seed of the run
 ) -> Decoder | None: # With its initial weights; None for the mode 'none'
     "A fresh decoder (§5.2, Table 5)."
@@ -212,10 +216,10 @@ def make_decoder(
     return _initialised(lambda: Decoder(channels, config.embedding_dim), seed, 'decoder').train()
 
 def prepare_decoder(
-    decoder: Decoder | None, # With its initial weights
-    embedder: Embedder, # With its initial weights; a copy is trained along where the mode is 'pretrained'
-    pairs: PairSampler, # Supplies defect-free features
-    config: Config, # Its `decoder` and `decoder_freeze` are used
+    decoder: Decoder | None, # Untrained
+    embedder: Embedder, # Untrained; 'pretrained' trains a copy
+    pairs: PairSampler, # Their source
+    config: Config, # Every setting
 ) -> Decoder | None: # As it enters the training run
     "The decoder for one of the four modes (§5.2, Table 5)."
     if decoder is None or config.decoder == 'joint': return decoder
@@ -225,12 +229,14 @@ def prepare_decoder(
 
 def pretrain_decoder(
     decoder: Decoder, # Trained in place
-    embedder: Embedder, # Trained along, then thrown away
-    pairs: PairSampler, # Supplies defect-free features
-    config: Config, # Epochs and learning rate
+    embedder: Embedder, # Thrown away after
+    pairs: PairSampler, # Their source
+    config: Config, # Every setting
 ):
     "Train a decoder to rebuild defect-free features (§5.2). Raises `TrainingError` if it diverges."
-    optimizer, schedule = make_optimizer(embedder.train(), decoder, config, config.epochs * len(pairs))
+    embedder.train()
+    total = config.epochs * len(pairs)
+    optimizer, schedule = make_optimizer(embedder, decoder, config, total)
     for epoch in range(config.epochs):
         for features in pairs.single(epoch):
             losses = decoder_loss(decoder(embedder(features)[0]), features)
@@ -251,9 +257,9 @@ class History:
     interrupted: bool = False # Was it stopped before its last epoch?
 
     def add(self,
-        network: nn.Module, # As it is after the epoch
+        network: nn.Module, # After the epoch
         steps: torch.Tensor, # Loss of each step, summed over its pairs
-        measured: dict, # Losses a pair and collapse statistics
+        measured: dict, # Losses and statistics
         keep: str, # 'best' or 'last'
     ):
         "Note an epoch, and keep its weights if they are the best so far."
@@ -280,9 +286,9 @@ def _diverged(measured):
 
 @torch.no_grad()
 def validate(
-    network: nn.Module, # Switched to eval mode
-    decoder: Decoder | None, # None without one
-    batches: Iterable[Pairs], # Validation pairs
+    network: nn.Module, # In eval mode after
+    decoder: Decoder | None, # If any
+    batches: Iterable[Pairs], # Of validation
     config: Config, # Every setting
     losses: PairLosses = pair_losses, # Loss of each pair
 ) -> dict[str, float]: # Validation loss, the mean a pair, and collapse statistics
@@ -295,29 +301,30 @@ def validate(
 # %% ../nbs/06_training.ipynb #2542a55b
 @dataclass
 class TrainingState:
-    "What callbacks see of a training run."
+    "What callbacks see of a run."
     network: nn.Module # Being trained
-    decoder: Decoder | None # Trained along, or None
+    decoder: Decoder | None # Trained too
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     history: History
 
 class Callback:
-    "Called around the epochs of a training run."
+    "Called around the epochs of a run."
     def before_training(self, state: TrainingState): "Called once, before the first epoch."
     def after_epoch(self, state: TrainingState): "Called when an epoch has been noted."
 
 def train(
     network: nn.Module, # An embedder, or another network, trained in place
     decoder: Decoder | None, # Frozen, trained along, or absent (§5.2)
-    pairs: PairSampler, # Supplies training and validation pairs
-    config: Config, # Learning rate, epochs, loss weights
+    pairs: PairSampler, # Of both kinds
+    config: Config, # Every setting
     callbacks: Iterable[Callback] = (), # Progress bar, state on disk
     losses: PairLosses = pair_losses, # Loss of each pair
 ) -> History: # Losses of every epoch, and the epoch whose weights the network has now
     "Train on pairs of images (§3.2–3.4) and keep the epoch with the least validation loss (§4.1)."
     trained = decoder if config.decoder == 'joint' else None
-    optimizer, schedule = make_optimizer(network, trained, config, config.epochs * len(pairs))
+    total = config.epochs * len(pairs)
+    optimizer, schedule = make_optimizer(network, trained, config, total)
     history = History()
     state = TrainingState(network, trained, optimizer, schedule, history)
     for callback in callbacks: callback.before_training(state)

@@ -7,6 +7,8 @@ __all__ = ['FORMATS', 'TOLERANCE', 'Whole', 'ExportError', 'run_exported', 'expo
 
 # %% ../../nbs/deploy/01_export.ipynb #36e729fa
 import copy, json, logging, tempfile, warnings
+from collections.abc import Callable
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
@@ -14,14 +16,15 @@ from torch import nn
 from ..config import ConfigError
 from ..data.files import check_file
 from ..data.seeds import seeded
+from ..scoring import Scores, enlarge_maps
 from ..fast.engines import same_logging
-from ..scoring import enlarge_maps
+from ..detector import Detector
 
 # %% ../../nbs/deploy/01_export.ipynb #c54fdbe2
 class Whole(nn.Module):
     "A detector from images to scores and full-size maps, as one network."
     def __init__(self,
-        detector, # Fitted
+        detector: Detector, # Fitted
     ):
         super().__init__()
         self.fused, self.side = detector.fuse(), detector.config.crop
@@ -30,38 +33,45 @@ class Whole(nn.Module):
         image: torch.Tensor, # N×3×side×side in [0, 1]
     ) -> tuple[torch.Tensor, torch.Tensor]: # N scores; N×side×side maps
         score, coarse = self.fused(image)
-        return score, coarse if coarse.shape[-1] == self.side else enlarge_maps(coarse, self.side) # some methods enlarge their maps themselves
+        if coarse.shape[-1] == self.side: return score, coarse # some methods enlarge maps themselves
+        return score, enlarge_maps(coarse, self.side)
 
 # %% ../../nbs/deploy/01_export.ipynb #c787663b
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml'}
 TOLERANCE = 1e-4 # largest relative difference of a score
 
 class ExportError(RuntimeError):
-    "A detector that cannot be exported, or whose export scores differently."
+    "Raised where a detector cannot be exported, or its export scores differently."
 
 def _about(detector):
     "What a user of the file must know."
-    return dict(side=detector.config.crop, resize=detector.config.resize, resize_mode=detector.config.resize_mode,
-                calibration=detector.calibration.scores.tolist() if detector.calibration else None)
+    config, calibration = detector.config, getattr(detector, 'calibration', None)
+    scores = calibration.scores.tolist() if calibration else None
+    return dict(side=config.crop, resize=config.resize, resize_mode=config.resize_mode,
+                calibration=scores)
 
-def _onnx(network, example, about):
+def _onnx(network, example, about) -> Callable[[Path], None]:
+    "Convert a network; the function that comes back writes it."
     import onnx
     batch = torch.export.Dim('batch', min=1)
-    program = torch.onnx.export(network, (example,), input_names=['image'], output_names=['score', 'map'], dynamic_shapes=({0: batch},), dynamo=True, verbose=False)
+    names = dict(input_names=['image'], output_names=['score', 'map'])
+    program = torch.onnx.export(
+        network, (example,), dynamic_shapes=({0: batch},), dynamo=True, verbose=False, **names)
     model = program.model_proto
     onnx.helper.set_model_props(model, {'cse': json.dumps(about)})
     return lambda path: onnx.save(model, path)
 
-def _openvino(network, example, about):
+def _openvino(network, example, about) -> Callable[[Path], None]:
+    "Convert a network; the function that comes back writes it."
     import openvino as ov
-    converted = ov.convert_model(network, example_input=example, input=[-1, *example.shape[1:]])
+    shape = [-1, *example.shape[1:]]
+    converted = ov.convert_model(network, example_input=example, input=shape)
     converted.inputs[0].set_names({'image'})
     for output, name in zip(converted.outputs, ('score', 'map')): output.set_names({name})
     converted.set_rt_info(json.dumps(about), 'cse')
     return lambda path: ov.save_model(converted, path, compress_to_fp16=False)
 
-def _first_line(error): return str(error).splitlines()[0] if str(error) else type(error).__name__
-
+# %% ../../nbs/deploy/01_export.ipynb #1b31b26b
 def run_exported(
     path: str | Path, # A file that `export` wrote
     images: np.ndarray | torch.Tensor, # N×3×side×side in [0, 1]
@@ -70,40 +80,84 @@ def run_exported(
     images = np.asarray(images, np.float32)
     if Path(path).suffix == '.onnx':
         import onnxruntime
-        return tuple(onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider']).run(['score', 'map'], {'image': images}))
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        return tuple(session.run(['score', 'map'], {'image': images}))
     import openvino as ov
-    found = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(images)
+    network = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    found = network(images)
     return tuple(np.array(found[name]) for name in ('score', 'map'))
 
 # %% ../../nbs/deploy/01_export.ipynb #b8a2e694
-def export(
-    detector, # Fitted
-    path: str | Path, # The file; for OpenVINO its weights lie beside it, in a .bin
-    to: str = '', # 'onnx' or 'openvino'; empty: by the ending of the path, .onnx or .xml
-) -> Path: # The file
-    "Write a detector as one network. Raises `ConfigError` for an unknown format, a missing package, a detector without maps or a file that cannot be written, `ExportError` if the written network scores differently."
-    path = Path(path)
-    to = to or next((name for name, ending in FORMATS.items() if path.suffix == ending), '')
-    if FORMATS.get(to) != path.suffix: raise ConfigError(f'{path}: cannot be written as {to or "anything"}; expected a file ending in ' + ' or '.join(f'{e} ({n})' for n, e in FORMATS.items()))
-    if missing := [p for p in ('onnx', 'onnxscript', 'onnxruntime') if to == 'onnx' and not find_spec(p)]:
+def _chosen_format(path, to) -> str:
+    "The format to write. Raises `ConfigError` for an unknown one, or where a package is missing."
+    names = {ending: name for name, ending in FORMATS.items()}
+    to = to or names.get(path.suffix, '')
+    if FORMATS.get(to) != path.suffix:
+        endings = ' or '.join(f'{ending} ({name})' for ending, name in names.items())
+        message = f'{path}: cannot be written as {to or "anything"}'
+        raise ConfigError(f'{message}; expected a file ending in {endings}')
+    if to != 'onnx': return to
+    if missing := [p for p in ('onnx', 'onnxscript', 'onnxruntime') if not find_spec(p)]:
         raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'cse[export]'")
-    if detector.config.anomaly_map == 'none': raise ConfigError(f"{path}: {detector!r} was fitted with anomaly_map='none'; expected a detector with maps")
+    return to
+
+@contextmanager
+def _quiet():
+    "Silence the warnings of a conversion."
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try: yield
+    finally: logging.disable(level)
+
+def _first_line(error) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+def _write(detector, network, example, made, path, to):
+    "Convert a network and write it. Raises `ExportError`, which names the place where it will lie."
+    convert = {'onnx': _onnx, 'openvino': _openvino}[to]
+    try:
+        with _quiet(): save = convert(network, example, _about(detector))
+    except Exception as e:
+        message = f'{path}: {detector!r} cannot be converted ({_first_line(e)})'
+        raise ExportError(message) from e
+    try: save(made)
+    except Exception as e:
+        message = f'{path}: cannot be written ({_first_line(e)}); expected room for it on the disk'
+        raise ExportError(message) from e
+
+def _compare(path, found, expected: Scores):
+    "Raise `ExportError` where scores or maps of the file differ from those of the detector."
+    limits = TOLERANCE, 10 * TOLERANCE
+    wanted = expected.image, expected.map
+    for name, a, b, limit in zip(('scores', 'maps'), found, wanted, limits):
+        difference = float(np.abs(a - b).max() / np.abs(b).max())
+        if not difference <= limit:
+            message = f'{path}: {name} differ from the detector by {difference:.1e}'
+            raise ExportError(f'{message}; the limit is {limit:.0e}')
+
+# %% ../../nbs/deploy/01_export.ipynb #033f2f06
+def export(
+    detector: Detector, # Fitted
+    path: str | Path, # The file; for OpenVINO its weights lie beside it, in a .bin
+    to: str = '', # 'onnx' or 'openvino'; empty: by the ending of the path
+) -> Path: # The file
+    """Write a detector as one network. Raises `ConfigError` for an unknown format, a missing package,
+    a detector without maps or a place that cannot be written, `ExportError` for other scores."""
+    path = Path(path)
+    to = _chosen_format(path, to)
+    if detector.config.anomaly_map == 'none':
+        message = f"{path}: {detector!r} was fitted with anomaly_map='none'"
+        raise ConfigError(f'{message}; expected a detector with maps')
     check_file(path)
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
     expected = detector.score(example)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings(), same_logging():
+    with (tempfile.TemporaryDirectory(dir=path.parent) as folder,
+          warnings.catch_warnings(), same_logging()):
         warnings.simplefilter('ignore')
-        made, level = Path(folder)/path.name, logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try: save = {'onnx': _onnx, 'openvino': _openvino}[to](network, example, _about(detector))
-        except Exception as e: raise ExportError(f'{path}: {detector!r} cannot be converted ({_first_line(e)})') from e
-        finally: logging.disable(level)
-        try: save(made)
-        except Exception as e: raise ExportError(f'{path}: cannot be written ({_first_line(e)}); expected room for it on the disk') from e
-        score, maps = run_exported(made, example)
-        for name, found, wanted, limit in (('scores', score, expected.image, TOLERANCE), ('maps', maps, expected.map, 10 * TOLERANCE)):
-            difference = float(np.abs(found - wanted).max() / np.abs(wanted).max())
-            if not difference <= limit: raise ExportError(f'{path}: {name} differ from the detector by {difference:.1e}; the limit is {limit:.0e}')
-        for file in sorted(Path(folder).iterdir()): file.replace(path.parent/file.name) # the .bin before the .xml that names it
+        made = Path(folder)/path.name
+        _write(detector, network, example, made, path, to)
+        _compare(path, run_exported(made, example), expected)
+        for file in sorted(Path(folder).iterdir()): # the .bin before the .xml that names it
+            file.replace(path.parent/file.name)
     return path

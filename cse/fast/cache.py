@@ -23,8 +23,11 @@ def _allocate(shape, device):
         f.truncate(4 * int(np.prod(shape)))
         return torch.from_numpy(np.memmap(f.name, np.float32, 'r+', shape=tuple(shape)))
 
-def _channels_last(n, c, h, w, device): return _allocate((n, h, w, c), device).permute(0, 3, 1, 2)
+def _channels_last(n, c, h, w, device):
+    "An N×C×H×W tensor in which the channels of a position lie together."
+    return _allocate((n, h, w, c), device).permute(0, 3, 1, 2)
 
+# %% ../../nbs/fast/03_cache.ipynb #132eaa70
 class FeatureCache:
     "Prepared images and their features, computed once."
     def __init__(self,
@@ -35,10 +38,12 @@ class FeatureCache:
         progress: bool = False, # Show a bar
         batch_size: int = 16, # Images that pass together
     ):
-        clock, count, start = clock or Stopwatch(), len(images), 0
+        clock, count = clock or Stopwatch(), len(images)
         batches = images.batches(batch_size)
         self.images = self.features = None
-        with tqdm(total=count, desc='features', unit='image', disable=not progress, leave=False) as bar:
+        start = 0
+        with tqdm(total=count, desc='features', unit='image',
+                  disable=not progress, leave=False) as bar:
             while start < count:
                 with clock('read'): batch = next(batches)
                 with clock('extractor'): maps = extractor(batch)

@@ -161,10 +161,10 @@ def _equalizing_table(counts, pixels):
     return torch.where(step > 0, table, torch.arange(256, device=counts.device))
 
 def equalize(images, u, whole=None):
-    "Histogram equalization of each channel at 256 levels; the histogram is that of `whole` if given."
+    "Each channel equalized at 256 levels, by the histogram of `whole` if given."
     whole = images if whole is None else whole
     channels = images.shape[0] * images.shape[1]
-    first = 256 * torch.arange(channels, device=images.device) # each channel has its own 256 places
+    first = 256 * torch.arange(channels, device=images.device) # 256 places a channel
     first = first.view(-1, images.shape[1], 1, 1)
 
     def places(images): return (images * 255).round_().add_(first).int()
@@ -174,7 +174,8 @@ def equalize(images, u, whole=None):
     return (table / 255).float().flatten()[places(images)]
 
 TEXTURAL = (
-    gamma, multiply_add, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize)
+    gamma, multiply_add, sharpness, hue_saturation,
+    solarize, posterize, invert, autocontrast, equalize)
 
 # %% ../../nbs/fast/01_defects.ipynb #6f0df429
 def _strengths(u, sizes, rows):
@@ -241,7 +242,8 @@ def _turns(kinds, strengths, u):
     "Sign and angle of each image: -1 for mirrored, radians."
     sign = 1 - 2 * ((kinds == 0) & (strengths[..., 0] < 0.5)).any(1).float()
     angle = ((kinds == 1) * _between(strengths[..., 0], -math.pi / 4, math.pi / 4)).sum(1)
-    return sign, torch.where(u[:, 2] < u[:, 3], sign * angle, angle) # mirrored first, it turns the other way
+    mirrored_first = u[:, 2] < u[:, 3] # then it turns the other way
+    return sign, torch.where(mirrored_first, sign * angle, angle)
 
 def _turned_back(at, n, sign, angle, side):
     "Row and column before mirror and rotation."
@@ -267,7 +269,8 @@ def structural(
     u: torch.Tensor, # N×89 numbers in [0, 1)
 ) -> list[torch.Tensor]: # N rows 1×3×1×P of colours
     "Images augmented and shuffled (§3.1), at some places."
-    side, device, counts = images[0].shape[2], images[0].device, [len(p) for p in places]
+    side, device = images[0].shape[2], images[0].device
+    counts = [len(p) for p in places]
     kinds, strengths = u[:, 2:7].argsort(1)[:, :3], u[:, 16:25].view(-1, 3, 3)
     n = torch.arange(len(images)).repeat_interleave(torch.tensor(counts)).to(device)
     at = unshuffle(torch.cat(places), n, u[:, 25:].argsort(1).to(device), side)
@@ -280,7 +283,8 @@ def structural(
     rows = [take(image, (p if r else p[0]).flatten())
             for image, p, r in zip(images, around.split(counts, 1), rotated)]
     rows = augment(rows, before, strengths, rows=True)
-    rows = [_blend(row, w) if r else row for row, w, r in zip(rows, shares.split(counts, 1), rotated)]
+    rows = [_blend(row, share) if r else row
+            for row, share, r in zip(rows, shares.split(counts, 1), rotated)]
     return augment(rows, after, strengths, rows=True)
 
 # %% ../../nbs/fast/01_defects.ipynb #2e48311b
@@ -296,7 +300,8 @@ def textural(
     u: torch.Tensor, # N×89 numbers in [0, 1)
 ) -> list[torch.Tensor]: # N rows 1×3×1×P of colours
     "Textures augmented (§3.1), at some places."
-    order = [[TEXTURAL[k] for k in row] for row in u[:, 7:16].argsort(1)[:, :3].tolist()]
+    kinds = u[:, 7:16].argsort(1)[:, :3].tolist()
+    order = [[TEXTURAL[k] for k in row] for row in kinds]
     strengths = u[:, 16:25].view(-1, 3, 3).to(images[0].device)
     turns = [_last_whole(o) for o in order]
     images = augment([image[None] for image in images], _split(order, turns)[0], strengths)
@@ -341,7 +346,10 @@ def blurry(
 # %% ../../nbs/fast/01_defects.ipynb #9e603f76
 SOURCES = structural, textural, blurry # as in `KINDS`
 
-def _draw(generators): return torch.stack([torch.rand(25 + GRID**2, generator=g) for g in generators])
+def _draw(generators):
+    "What `Draws` holds, as numbers in [0, 1), N×89."
+    rows = [torch.rand(25 + GRID**2, generator=g) for g in generators]
+    return torch.stack(rows)
 
 def _places(masks):
     "Places where masks are set. numpy finds them several times faster."
@@ -356,7 +364,8 @@ class FastDefectGenerator(DefectGenerator):
         chosen = torch.as_tensor(self.textures[places.numpy()])
         if chosen.dtype == torch.uint8: chosen = chosen / 255
         if chosen.shape[-2:] != images.shape[-2:]:
-            chosen = F.interpolate(chosen, images.shape[-2:], mode='bilinear', antialias=True).clamp_(0, 1)
+            chosen = F.interpolate(
+                chosen, images.shape[-2:], mode='bilinear', antialias=True).clamp_(0, 1)
         if self.channels == 'bgr': chosen = chosen.flip(1)
         return chosen.to(images)
 
@@ -367,11 +376,12 @@ class FastDefectGenerator(DefectGenerator):
         for kind, source in enumerate(SOURCES):
             chosen = (kinds == kind).nonzero()[:, 0].tolist()
             if not chosen: continue
-            grey = self.grey and source is textural
-            of = self._textures(u[chosen], images) if source is textural else [images[i] for i in chosen]
+            of = [images[i] for i in chosen]
+            if source is textural: of = self._textures(u[chosen], images)
             rows = source(of, [places[i] for i in chosen], u[chosen])
             for i, row in zip(chosen, rows):
-                if grey: row = row.mean(1, keepdim=True).expand_as(row)
+                if self.grey and source is textural:
+                    row = row.mean(1, keepdim=True).expand_as(row)
                 images[i].flatten(1).index_copy_(1, places[i], row[0, :, 0])
         return images, kinds
 

@@ -33,7 +33,7 @@ class FastEmbedder(Embedder):
 
     def forward(self,
         features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
-    ) -> tuple[torch.Tensor, torch.Tensor]: # u: N×dim×H×W of the finest map's size; z: N×dim×H/2×W/2
+    ) -> tuple[torch.Tensor, torch.Tensor]: # u: N×dim×H×W; z: N×dim×H/2×W/2
         conv, relu, norm = self.blocks[0]
         u = self.blocks[1:](norm(relu(mix(features, conv.weight, self.channels))))
         return u, F.avg_pool2d(u, 2)
@@ -44,8 +44,12 @@ def _fold(embedder):
     convs = [block[0].weight.double() for block in embedder.blocks]
     norms = [block[2] for block in embedder.blocks]
     scales = [n.weight.double() / (n.running_var + n.eps).double().sqrt() for n in norms]
-    shifts = [n.bias.double() - n.running_mean.double() * s for n, s in zip(norms, scales)]
-    folded = dict(w1=convs[0], scale=scales[2].view(1, -1, 1, 1), shift=shifts[2].view(1, -1, 1, 1))
+    shifts = [n.bias.double() - n.running_mean.double() * s
+              for n, s in zip(norms, scales)]
+    folded = dict(
+        w1=convs[0],
+        scale=scales[2].view(1, -1, 1, 1),
+        shift=shifts[2].view(1, -1, 1, 1))
     for i in (1, 2):
         folded[f'w{i + 1}'] = convs[i] * scales[i - 1].view(1, -1, 1, 1)
         folded[f'b{i + 1}'] = convs[i][:, :, 0, 0] @ shifts[i - 1]

@@ -75,6 +75,7 @@ class CachedPairs(PairSampler):
 
     def _validation_partners(self, second, epoch):
         "Features of the second images, and which are defective."
-        if self.config.validation_defects != 'fixed': return self.partners(second, 'validation', epoch)
+        if self.config.validation_defects != 'fixed':
+            return self.partners(second, 'validation', epoch)
         if self._validation is None: self._validation = self.partners(second, 'validation')
         return self._validation

@@ -30,7 +30,8 @@ class Scorer:
     "Scores images with an extractor and a head. Subclasses say what the head is."
     def _ready(self):
         if not self._fitted:
-            raise RuntimeError('this detector is not fitted; call fit(images) with defect-free images')
+            raise RuntimeError('this detector is not fitted; '
+                               'call fit(images) with defect-free images')
 
     def fuse(self) -> nn.Module: # From N×3×H×W images in [0, 1] to N scores and N×h×w coarse maps
         "The whole detector as one network, for compilers and export."
@@ -38,8 +39,10 @@ class Scorer:
         return Fused(self.extractor.model, self.head()).eval()
 
     def compile(self) -> Self:
-        """Compile what is not compiled yet, for a lower latency of single images. What OpenVINO cannot convert,
-        or computes otherwise, stays in PyTorch, with a warning; with engine='openvino' it is an `EngineError`."""
+        """Compile what is not compiled yet, for a lower latency of single images.
+
+        What OpenVINO cannot convert, or computes otherwise, stays in PyTorch, with a warning. With
+        engine='openvino' it is an `EngineError`."""
         self._ready()
         side, name = self.config.crop, f'the scores of {type(self).__name__}'
         image = torch.rand(1, 3, side, side, generator=seeded(0, 'compile'))
@@ -61,16 +64,18 @@ class Scorer:
         return self._head(*self.extractor(images))
 
     def score(self,
-        images: ImageSource, # Images of any kind: a folder, files, an N×3×H×W tensor in [0, 1], or a Dataset
+        images: ImageSource, # A folder, files, N×3×H×W in [0, 1], or a Dataset
         progress: bool = False, # Show a bar
         batch_size: int = 16, # Images that pass together
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
         """Anomaly scores (§3.5). An image that cannot be read scores NaN and is named in a warning.
+
         Raises `DataError` if none can be read."""
         self._ready()
         images = images if isinstance(images, Images) else Images(images, self.config)
         errors, collected, start = {}, None, 0
-        with tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False) as bar:
+        bar = tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False)
+        with bar:
             for batch in images.batches(batch_size, errors=errors):
                 found = [t.cpu().numpy() for t in self.score_batch(batch)]
                 if collected is None: collected = self._reserve(len(images), found)
@@ -81,7 +86,7 @@ class Scorer:
         return Scores(*(collected + [None])[:2], self.config.crop, images.paths)
 
     def _reserve(self, count, found) -> list[np.ndarray]:
-        "Room for all scores and maps at once: small arrays between large ones would scatter the memory."
+        "Room for all scores and maps at once, so that memory is not scattered."
         kept = found[:1] if self.config.anomaly_map == 'none' else found
         return [np.empty((count, *values.shape[1:]), np.float32) for values in kept]
 

@@ -129,7 +129,7 @@ def _plain_steps(bench, config, steps):
     optimizer, schedule = make_optimizer(embedder, None, config, config.epochs * len(plain))
     plain_batches, fast_batches = plain.training(0), fast.training(0)
     expected, same, seconds = [], [], []
-    for _ in range(steps):
+    for _ in range(min(steps, len(plain))):
         other.load_state_dict(embedder.state_dict())
         with torch.no_grad():
             same.append(pair_losses(other, decoder, *next(fast_batches), config)[0].sum().item())
@@ -157,12 +157,16 @@ def training_step(
     config = bench.config.replace(epochs=2)
     expected, same, plain = _plain_steps(bench, config, steps)
     losses, fast = _fast_steps(bench, config)
+    steps = len(expected)
     def difference(found): return ((found - expected).abs() / expected).max().item()
     one, own = difference(same), difference(losses[:steps])
     what = 'largest relative difference of the loss of a step, same weights'
-    return [row('training step of 8 pairs', 1000 * plain, 1000 * fast, 'ms', ('≥', 5)),
-            row(what, 0, one, '', ('≤', 1e-4), one),
-            row(f'… when each trains on from its own, {steps} steps', 0, own, '', None, own)]
+    return [
+        row('training step of 8 pairs',
+            1000 * plain, 1000 * fast, 'ms', ('≥', 5)),
+        row(what, 0, one, '', ('≤', 1e-4), one),
+        row(f'… when each trains on from its own, {steps} steps',
+            0, own, '', None, own)]
 
 # %% ../../nbs/lab/16_benchmark.ipynb #edbe0022
 def defect_batch(
@@ -172,8 +176,9 @@ def defect_batch(
     images = bench.cache.images[torch.arange(32) % len(bench.cache)]
     def draws(): return [seeded(0, 'benchmark', i) for i in range(32)]
     makers = bench.plain_defects, bench.defects
-    plain, fast = medians(*(lambda make=make: make(images, draws()) for make in makers), repeats=5)
-    return row('corrupted image, in a batch of 32', 1000 * plain / 32, 1000 * fast / 32, 'ms', ('≥', 4))
+    calls = [lambda make=make: make(images, draws()) for make in makers]
+    plain, fast = (1000 * seconds / 32 for seconds in medians(*calls, repeats=5))
+    return row('corrupted image, in a batch of 32', plain, fast, 'ms', ('≥', 4))
 
 # %% ../../nbs/lab/16_benchmark.ipynb #0e93a8dc
 def eager_detector(
@@ -223,12 +228,15 @@ def inference(
     without, with_raw = medians(score, joined, repeats=60)
     plain, = medians(lambda: eager(image), repeats=60) # alone: PyTorch's threads would slow OpenVINO's
     bare, ours, without, with_raw, plain = (1000 * s for s in (bare, ours, without, with_raw, plain))
-    return [row('tensor to score, over the bare compiled extractor', bare, ours, 'ms', ('≤', 1.15), ours / bare),
-            row('tensor to score, against eager PyTorch', plain, ours, 'ms', ('≥', 3)),
-            row('score and map with k = 64, share of the extractor', extractor, bank, 'ms',
-                ('≤', 0.02), bank / extractor),
-            row('tensor to score of the hybrid, over CSE', without, with_raw, 'ms',
-                ('≤', 1.2), with_raw / without)]
+    return [
+        row('tensor to score, over the bare compiled extractor',
+            bare, ours, 'ms', ('≤', 1.15), ours / bare),
+        row('tensor to score, against eager PyTorch',
+            plain, ours, 'ms', ('≥', 3)),
+        row('score and map with k = 64, share of the extractor',
+            extractor, bank, 'ms', ('≤', 0.02), bank / extractor),
+        row('tensor to score of the hybrid, over CSE',
+            without, with_raw, 'ms', ('≤', 1.2), with_raw / without)]
 
 # %% ../../nbs/lab/16_benchmark.ipynb #79eac03e
 def long_folder(
@@ -299,9 +307,12 @@ def engines_agree(
         apart = max(apart, ((exchanged - in_order).abs() / in_order).max().item())
         moved, total = moved + int((exchanged != in_order).sum()), total + len(ours)
     what = f'largest relative difference of a score between engines, {len(names)} categories'
-    return [row(what, 0, largest, '', ('≤', 1e-4), largest),
-            row(f'test images ranked otherwise, of {total}', 0, moved, 'images', ('≤', 0), moved),
-            row('… and how far apart their scores are, relative', 0, apart, '', ('≤', 1e-4), apart)]
+    return [
+        row(what, 0, largest, '', ('≤', 1e-4), largest),
+        row(f'test images ranked otherwise, of {total}',
+            0, moved, 'images', ('≤', 0), moved),
+        row('… and how far apart their scores are, relative',
+            0, apart, '', ('≤', 1e-4), apart)]
 
 # %% ../../nbs/lab/16_benchmark.ipynb #ac100f52
 def whole_fit(
@@ -325,7 +336,8 @@ def benchmark(
     import pandas as pd
     bench = Bench(data, textures=textures)
     rows = [*training_step(bench), defect_batch(bench), *inference(bench)]
-    rows += [folder_scoring(bench, 100 if quick else 600), *engines_agree(bench, 1 if quick else 10)]
+    rows.append(folder_scoring(bench, 100 if quick else 600))
+    rows += engines_agree(bench, 1 if quick else 10)
     if not quick: rows += [folder_memory(bench), whole_fit(bench)]
     return pd.DataFrame(rows), bench
 
@@ -381,8 +393,12 @@ def growth(
     quick: bool = False, # Fewer and smaller steps
 ) -> dict[str, Curve]: # By name
     "Cost against size, one curve for each kind of growth."
-    return _with_more_images(bench, (50, 100) if quick else (50, 100, 200, 400, 800)) | {
+    images = (50, 100) if quick else (50, 100, 200, 400, 800)
+    batches = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64)
+    sides = (224, 288) if quick else (224, 288, 352, 448)
+    folders = (50, 200) if quick else (100, 1000, 10000)
+    return _with_more_images(bench, images) | {
         'score of one embedding': _with_more_prototypes((1, 4, 16, 64, 256)),
-        'tensor to score': _with_larger_batches(bench, (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64)),
-        'features of one image': _with_larger_images(bench, (224, 288) if quick else (224, 288, 352, 448)),
-        'scoring a folder': _with_longer_folders(bench, (50, 200) if quick else (100, 1000, 10000))}
+        'tensor to score': _with_larger_batches(bench, batches),
+        'features of one image': _with_larger_images(bench, sides),
+        'scoring a folder': _with_longer_folders(bench, folders)}
