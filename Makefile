@@ -6,7 +6,7 @@
 # make seed-variance  sources of the variance between seeds, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
 # make model-selection  settings selected without test images and without the tested surface;
 #                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
-# make robustness  bad input, damaged files, properties, killed and doubled grids, with counts
+# make robustness  bad input, damaged files, properties, killed and doubled grids, with counts; the report page in a browser
 # make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: all results on one page that needs no network
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
@@ -68,7 +68,8 @@ benchmark: $(READY)
 	$(hide_paths) results/notebooks/benchmark-$(call name,).ipynb
 
 robustness: $(READY)
-	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py
+	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py \
+	  tests/test_report_page.py
 
 cluster-test: $(READY)
 	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py

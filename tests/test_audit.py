@@ -1,4 +1,5 @@
 "Every planted error is found, and the committed results hold none."
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -34,9 +35,11 @@ def renamed(records, name):
     return [r | {'data': r['data'] | dict(name=name, published=name)} for r in records]
 
 
+@functools.cache
 def keys_of(table):
     "Keys of the records of a table."
-    if table != 6: return {r['key'] for r in select(load(), table, stated(table))[0]}
+    if table != 6:
+        return {r['key'] for r in select(load(), table, stated(table))[0]}
     pairs, _ = select_pairs(load(), stated(table))
     return {r['key'] for sides in pairs.values() for side in sides for r in side}
 
@@ -60,7 +63,8 @@ def run_file(folder):
 def a_side(folder):
     "The record of one side of a pair of Table 6."
     for path in (folder / 'records').glob('*wood*'):
-        if json.loads(path.read_text())['config']['prototype'] == 'nearest': return path
+        if json.loads(path.read_text())['config']['prototype'] == 'nearest':
+            return path
 
 
 def timing_file(folder):
