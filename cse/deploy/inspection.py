@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['calibration_of', 'check_calibrated', 'why_no_decisions', 'score_rows', 'write_rows', 'save_rows', 'check_outputs',
-           'images_to_score', 'save_overlays', 'is_fabric', 'read_category', 'check_category', 'image_figures',
-           'decision_figures', 'map_figures', 'evaluation', 'evaluation_notes', 'listing', 'fit_summary']
+           'images_to_score', 'overlay', 'save_overlays', 'is_fabric', 'read_category', 'check_category',
+           'image_figures', 'decision_figures', 'map_figures', 'evaluation', 'evaluation_notes', 'listing',
+           'fit_summary']
 
 # %% ../../nbs/deploy/05_inspection.ipynb #56d3d9fa
 import csv, re
 from pathlib import Path
 from typing import TextIO
-import numpy as np
+import numpy as np, torch
 from PIL import Image
 from ..config import Config, ConfigError
 from ..data.files import check_file, check_writable, replacing
 from ..data.folders import Category, load_category, read_masks
 from ..data.images import DataError, Images
-from ..scoring import Scores, overlay
+from ..scoring import Scores
 from ..metrics import aupro, auroc, auroc_interval, pixel_auroc
 from ..detector import Detector
 from ..extensions.calibration import Calibration, CalibrationError
@@ -129,6 +130,19 @@ def images_to_score(
     if csv_file and csv_file.resolve() in (Path(p).resolve() for p in images.paths):
         raise ConfigError(f'--csv {csv_file}: is one of the images; expected another file')
     return images
+
+# %% ../../nbs/deploy/05_inspection.ipynb #3464ba49
+def overlay(
+    image: torch.Tensor, # 3×H×W in [0, 1]
+    heat: np.ndarray, # H×W anomaly map
+    high: float, # Value of the map that gets the strongest colour
+) -> np.ndarray: # H×W×3 uint8
+    "An anomaly map over its image; where the map is zero, the image is left as it is."
+    from matplotlib import colormaps
+    share = np.clip(heat / max(high, 1e-12), 0, 1)[..., None]
+    image = image.permute(1, 2, 0).numpy()
+    colours = colormaps['inferno'](share[..., 0])[..., :3]
+    return (255 * (image + 0.7 * share * (colours - image))).round().astype(np.uint8)
 
 # %% ../../nbs/deploy/05_inspection.ipynb #4601bf52
 def save_overlays(
