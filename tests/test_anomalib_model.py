@@ -1,7 +1,4 @@
 "CSE as a model of anomalib: same scores as the library, after a checkpoint and after export."
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,9 +15,9 @@ with quiet():
     from anomalib.engine import Engine
     from cse.deploy.anomalib_model import Cse, Preparation
 
-SETTINGS = dict(resize=150, crop=128, engine='torch')
-RAW = dict(profile='smoke', epochs=2, settings=SETTINGS, post_processor=False, visualizer=False)
-CONFIG = Config.smoke(epochs=2, device='cpu', **SETTINGS)
+SETTINGS = dict(resize=110, crop=96, engine='torch')
+RAW = dict(profile='smoke', epochs=1, settings=SETTINGS, post_processor=False, visualizer=False)
+CONFIG = Config.smoke(epochs=1, device='cpu', **SETTINGS)
 
 
 @pytest.fixture(scope='module')
@@ -79,12 +76,9 @@ def loader(*batches):
 
 
 def test_get_model_finds_it_once_it_is_imported():
-    code = '''from anomalib.models import get_model
-import cse.deploy.anomalib_model
-print(type(get_model('cse')), get_model('cse', profile='smoke').config.epochs)'''
-    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    expected = "<class 'cse.deploy.anomalib_model.Cse'> 10"
-    assert found.stdout.strip().endswith(expected), 'and needs no weights before it is fitted'
+    from anomalib.models import get_model
+    assert type(get_model('cse')) is Cse
+    assert get_model('cse', profile='smoke').config.epochs == 10, 'it needs no weights before it is fitted'
 
 
 def test_scores_and_maps_are_those_of_the_library(fitted, library, root):
@@ -96,7 +90,7 @@ def test_scores_and_maps_are_those_of_the_library(fitted, library, root):
     assert np.array_equal(scores(model, engine, root), expected.image)
     with torch.no_grad():
         found = model.eval().model(torch.stack(list(Images(files(root), CONFIG))))
-    assert found.anomaly_map.shape == (6, 1, 128, 128)
+    assert found.anomaly_map.shape == (6, 1, 96, 96)
     assert np.allclose(found.anomaly_map[:, 0], expected.map, atol=1e-6)
 
 
@@ -125,7 +119,7 @@ def test_a_checkpoint_restores_a_fitted_model(fitted, root):
         restored = Cse.load_from_checkpoint(engine.best_model_path)
     assert {'model.prototypes', 'model.embedder.w1'} <= restored.state_dict().keys()
     assert isinstance(restored.pre_processor, Preparation)
-    assert np.array_equal(scores(restored, engine, root), scores(model, engine, root))
+    assert np.allclose(scores(restored, engine, root), scores(model, engine, root), atol=1e-6)
 
 
 def whole(root):
@@ -141,14 +135,14 @@ def test_an_exported_model_scores_the_same(fitted, root, tmp_path):
     with torch.no_grad():
         found = torch.load(path, weights_only=False)['model'].eval()(whole(root))
     assert np.abs(found.pred_score.numpy() - expected).max() < 1e-5
-    assert found.anomaly_map.shape == (6, 1, 128, 128)
+    assert found.anomaly_map.shape == (6, 1, 96, 96)
 
 
 def test_onnx_and_openvino_score_the_same(root, engine, tmp_path):
     pytest.importorskip('onnxscript', reason="not installed: pip install 'anomalib[openvino]'")
     import openvino as ov
     with quiet():
-        model = Cse(**RAW | dict(epochs=1), extractor='resnet18', weights='random')
+        model = Cse(**RAW, extractor='resnet10t', weights='random')
         engine.fit(model, datamodule=data(root))
         path = engine.export(model, 'onnx', export_root=tmp_path, input_size=(256, 256))
     compiled = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
@@ -156,9 +150,9 @@ def test_onnx_and_openvino_score_the_same(root, engine, tmp_path):
 
 
 @pytest.mark.parametrize('image, label, message', [
-    (torch.rand(4, 3, 96, 96), None, r'batch: has shape \(4, 3, 96, 96\); expected N×3×128×128'),
-    (torch.rand(4, 1, 128, 128), None, r'has shape \(4, 1, 128, 128\); expected .* of RGB images'),
-    (torch.rand(4, 3, 128, 128), torch.tensor([0, 1, 0, 0]), 'is labelled as anomalous; expected'),
+    (torch.rand(4, 3, 72, 72), None, r'batch: has shape \(4, 3, 72, 72\); expected N×3×96×96'),
+    (torch.rand(4, 1, 96, 96), None, r'has shape \(4, 1, 96, 96\); expected .* of RGB images'),
+    (torch.rand(4, 3, 96, 96), torch.tensor([0, 1, 0, 0]), 'is labelled as anomalous; expected'),
 ])
 def test_training_images_that_cannot_be_used(image, label, message):
     class Items:  # `ImageBatch` refuses grey images itself
@@ -170,7 +164,7 @@ def test_training_images_that_cannot_be_used(image, label, message):
 
 
 def test_too_few_images_and_none(engine):
-    few = ImageBatch(image=torch.rand(2, 3, 128, 128))
+    few = ImageBatch(image=torch.rand(2, 3, 96, 96))
     with quiet(), pytest.raises(DataError, match='2 defect-free images: expected at least 4'):
         engine.fit(Cse(**RAW, pre_processor=False), loader(few))
     with quiet(), pytest.raises(DataError, match='training set: holds no images'):
@@ -183,15 +177,15 @@ def test_normalised_and_small_images_are_refused():
     prepare = Preparation(CONFIG).transform
     with pytest.raises(DataError, match=r'expected \[0, 1\], not normalised'):
         prepare(torch.randn(2, 3, 200, 200))
-    with pytest.raises(DataError, match='is 100×100 pixels; expected at least crop=128'):
-        Preparation(CONFIG.replace(resize=0)).transform(torch.rand(2, 3, 100, 100))
+    with pytest.raises(DataError, match='is 80×80 pixels; expected at least crop=96'):
+        Preparation(CONFIG.replace(resize=0)).transform(torch.rand(2, 3, 80, 80))
 
 
 def test_settings_are_checked_and_an_unfitted_model_says_so():
     with pytest.raises(ConfigError, match="did you mean 'clusters'"):
         Cse('smoke', settings=dict(cluster=2))
     with pytest.raises(RuntimeError, match='this model is not fitted'):
-        Cse(**RAW).model(torch.rand(1, 3, 128, 128))
+        Cse(**RAW).model(torch.rand(1, 3, 96, 96))
     with pytest.raises(WeightsError, match='no such file'):
         Cse('smoke', weights='none.safetensors').fit(torch.rand(6, 3, 224, 224))
     with pytest.raises(ConfigError, match='expected equal height and width'):

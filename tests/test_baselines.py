@@ -1,4 +1,6 @@
 "Baselines: one interface, no test data in fitting, settings in the record, and clear errors."
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from cse.config import Config, ConfigError, fingerprint
-from cse.data.images import DataError
+from cse.data.images import DataError, Images
 from cse.data.folders import load_category
 from cse.lab.grid import grid
 from cse.lab.runs import METHODS, make_method, run, variant
@@ -17,7 +19,9 @@ from cse.baselines.features import MeanDistance
 from cse.baselines.registry import BASELINES
 
 SAME = ('patchcore', 'padim', 'cfa', 'fastflow', 'reverse_distillation')
-SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch')
+TINY = Config.smoke(epochs=2, extractor='resnet10t', weights='random', resize=96, crop=96)
+TRAINED = ('cfa', 'fastflow', 'reverse_distillation')
+SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch', resize=96, crop=96)
 
 
 @pytest.fixture(scope='module')
@@ -30,30 +34,34 @@ def images(surface):
     return load_category(surface, 'gravel')
 
 
+@pytest.fixture(scope='module')
+def fitted(anomalib, images):
+    "Methods by name, each fitted once for all tests."
+    return functools.cache(lambda name: BASELINES[name](TINY, seed=3).fit(images.train, progress=False))
+
+
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
-def test_a_method_on_the_extractor_of_the_run(anomalib, images, tiny, name, capfd):
-    method = BASELINES[name](tiny).fit(images.train, progress=False)
+def test_a_method_on_the_extractor_of_the_run(fitted, images, name):
+    method = fitted(name)
     scores = method.score(images.test)
-    assert method.extractor.info['name'] == 'tf_efficientnet_lite0' and method.config.layers == (3, 4)
+    assert method.extractor.info['name'] == TINY.extractor and method.config.layers == (3, 4)
     assert np.isfinite(scores.image).all() and scores.image.std() > 0
-    assert scores.map.shape == (6, 224, 224) and np.isfinite(scores.map).all()
-    assert len(method.history) == (2 if name in ('cfa', 'fastflow', 'reverse_distillation') else 0)
+    assert scores.map.shape == (6, 96, 96) and np.isfinite(scores.map).all()
+    assert len(method.history) == (2 if name in TRAINED else 0)
     assert method.best_epoch == (1 if method.history else None)
-    assert capfd.readouterr() == ('', ''), 'output of others gets through'
 
 
 @pytest.mark.parametrize('name', SAME)
-def test_the_same_seed_gives_the_same_scores(anomalib, images, name):
-    config = Config.smoke(**SMALL, layers=(2, 3), crop=128, resize=128)
-    torch.manual_seed(1)
-    first = BASELINES[name](config, seed=3).fit(images.train, progress=False)
-    first, state = first.score(images.test), torch.get_rng_state()
+def test_the_same_seed_gives_the_same_scores(fitted, images, name, capfd):
+    first = fitted(name).score(images.test)
+    capfd.readouterr()
     torch.manual_seed(2)
-    again = BASELINES[name](config.replace(workers=1), seed=3).fit(images.train, progress=False)
+    state = torch.get_rng_state()
+    again = BASELINES[name](TINY.replace(workers=1), seed=3).fit(images.train, progress=False)
     again = again.score(images.test)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.map, again.map)
-    torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state), 'global generators are left as they were'
+    assert capfd.readouterr() == ('', ''), 'output of others gets through'
 
 
 def test_scores_are_those_of_anomalib_on_images(anomalib, images):
@@ -64,7 +72,6 @@ def test_scores_are_those_of_anomalib_on_images(anomalib, images):
     own = method.extractor.model.model.state_dict()
     assert not model.feature_extractor.feature_extractor.load_state_dict(own, strict=False).missing_keys
     model.memory_bank = method.network.model.memory_bank
-    from cse.data.images import Images
     batch = torch.stack(list(Images(images.test, method.config)))
     with torch.no_grad():
         expected = model.eval()((batch - method.extractor.model.mean) / method.extractor.model.std)
@@ -122,7 +129,7 @@ def test_settings_that_were_changed_win_over_those_of_the_method(anomalib):
     ((2, 3), 'fitted to the features'),
 ])
 def test_reverse_distillation_on_a_resnet(anomalib, images, layers, decoder):
-    config = Config.smoke(**SMALL, layers=layers, resize=128, crop=128)
+    config = Config.smoke(**SMALL, layers=layers)
     method = make_method('reverse_distillation', config).fit(images.train, progress=False)
     assert method.config.layers == layers and method.about['decoder'] == decoder and len(method.history) == 1
     kind = 'OCBE' if layers == (1, 2, 3) else 'FittedBottleneck'
@@ -145,19 +152,19 @@ def test_fitted_bottleneck_and_decoder_return_to_the_shapes(anomalib, shapes):
 
 def test_reverse_distillation_refuses_maps_too_small_for_a_bottleneck(anomalib, images):
     with pytest.raises(ConfigError, match='2×2 positions.*at least 3×3'):
-        method = make_method('reverse_distillation', Config.smoke(**SMALL, resize=64, crop=64))
+        method = make_method('reverse_distillation', Config.smoke(**SMALL | dict(resize=64, crop=64)))
         method.fit(images.train, progress=False)
 
 
 def test_a_grid_of_both_forms(anomalib, surface, tmp_path):
-    small = Config.smoke(**SMALL, layers=(2, 3), resize=128, crop=128)
+    small = Config.smoke(**SMALL, layers=(2, 3))
     methods = ['mean_distance', 'reverse_distillation']
     records = grid(small, surface, ['gravel'], methods, results=tmp_path, progress=False)
     assert [r['parameters'].get('decoder') for r in records] == [None, 'fitted to the features']
 
 
 def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
-    config = Config.smoke(epochs=1)
+    config = TINY.replace(epochs=1)
     record = run(config, surface, 'gravel', 'fastflow', results=tmp_path)
     settings = record['config']
     assert record['method'] == 'fastflow'
@@ -171,9 +178,9 @@ def test_a_record_tells_what_was_run(anomalib, surface, tmp_path):
     assert str(tmp_path) not in json.dumps(record)
 
 
-def test_a_score_does_not_depend_on_the_images_beside_it(anomalib, images, tiny):
+def test_a_score_does_not_depend_on_the_images_beside_it(fitted, images):
     "anomalib validates on test images by default. Without them, the number of test images does not matter."
-    method = FastFlow(tiny).fit(images.train, progress=False)
+    method = fitted('fastflow')
     whole = method.score(images.test).image
     assert np.allclose(whole[:2], method.score(images.test[:2]).image, rtol=1e-4)
 
@@ -181,15 +188,16 @@ def test_a_score_does_not_depend_on_the_images_beside_it(anomalib, images, tiny)
 def test_a_diverged_training_run_raises(anomalib, images):
     from cse.training import TrainingError
     with pytest.raises(TrainingError, match='a smaller lr may help'):
-        FastFlow(Config.smoke(epochs=30, lr=1e6)).fit(images.train, progress=False)
+        FastFlow(Config.smoke(**SMALL | dict(epochs=30, lr=1e6))).fit(images.train, progress=False)
 
 
-def test_everything_else_works_without_anomalib(monkeypatch, images, tiny):
+def test_everything_else_works_without_anomalib(monkeypatch, images):
     monkeypatch.setitem(sys.modules, 'anomalib', None)
     with pytest.raises(ConfigError, match=r"pip install 'cse\[baselines\]'"):
-        variant('patchcore', tiny)
-    assert variant('cse', tiny)[1] == tiny
-    assert np.isfinite(MeanDistance(tiny).fit(images.train, progress=False).score(images.test).image).all()
+        variant('patchcore', TINY)
+    assert variant('cse', TINY)[1] == TINY
+    method = MeanDistance(TINY).fit(images.train, progress=False)
+    assert np.isfinite(method.score(images.test).image).all()
 
 
 def test_nothing_is_loaded_before_it_is_needed():
@@ -206,10 +214,9 @@ def test_names_stay_those_of_the_published_tables():
 
 
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
-def test_the_whole_method_is_one_network(anomalib, images, name):
+def test_the_whole_method_is_one_network(fitted, images, name):
     "Speed is measured on it."
-    method = BASELINES[name](Config.smoke(**SMALL, layers=(2, 3))).fit(images.train, progress=False)
-    from cse.data.images import Images
+    method = fitted(name)
     with torch.no_grad():
         scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
     found = method.score(images.test[:2])
@@ -218,15 +225,15 @@ def test_the_whole_method_is_one_network(anomalib, images, name):
 
 
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
-def test_a_compiled_method_scores_as_before(anomalib, images, tiny, name, caplog):
+def test_a_compiled_method_scores_as_before(fitted, images, name, caplog):
     "If OpenVINO fails or its outputs differ, PyTorch computes the head, with a warning."
-    method = BASELINES[name](tiny).fit(images.train, progress=False)
-    before = method.score(images.test).image
-    assert np.allclose(method.compile().score(images.test).image, before, rtol=1e-4)
+    before = fitted(name).score(images.test).image
+    method = copy.copy(fitted(name)).compile()
+    assert np.allclose(method.score(images.test).image, before, rtol=1e-4)
     assert (method._whole is None) == ('PyTorch computes it instead' in caplog.text)
     assert method._whole is not None or name in ('fastflow', 'reverse_distillation'), caplog.text
 
 
-def test_padim_needs_two_images(anomalib, images, tiny):
+def test_padim_needs_two_images(anomalib, images):
     with pytest.raises(DataError, match='at least 2'):
-        BASELINES['padim'](tiny).fit(images.train[:1], progress=False)
+        BASELINES['padim'](TINY).fit(images.train[:1], progress=False)

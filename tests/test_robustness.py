@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import time
 
 import pytest
@@ -100,6 +101,31 @@ def test_two_grids_at_once_on_one_folder(surface, undisturbed, tmp_path):
         assert finish(*grids) == ('', '')
     assert contents(tmp_path) == contents(undisturbed)
     assert not list((tmp_path / 'records').glob('.*.tmp'))
+
+
+def die_while_writing(data, results):
+    "A run whose process is killed when the record is written, but not yet in its place."
+    METHODS['mean'] = Mean
+    replace = os.replace
+
+    def replace_or_die(old, new):
+        if 'records' in str(new):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+
+    os.replace = replace_or_die
+    run(SMALL, data, 'gravel', 'mean', results=results)
+
+
+def test_a_run_killed_while_it_writes_leaves_no_record(surface, tmp_path, monkeypatch):
+    process = PROCESSES.Process(target=die_while_writing, args=(surface, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert load_records(tmp_path) == [] and list(tmp_path.rglob('*.json')) == []
+    monkeypatch.setitem(METHODS, 'mean', Mean)
+    record = run(SMALL, surface, 'gravel', 'mean', results=tmp_path)
+    assert load_records(tmp_path) == [record]
 
 
 def test_full_disk_leaves_no_half_record(surface, undisturbed, tmp_path):

@@ -28,7 +28,8 @@ class FastBank(nn.Module):
         matrix = (origin - unit).T
         self.register_buffer('_origin', origin, persistent=False)
         self.register_buffer('_matrix', matrix, persistent=False)
-        self.register_buffer('_squared', matrix.square().sum(0) / 2, persistent=False)
+        squared = matrix.square().sum(0) + self._zeros(bank.prototypes)
+        self.register_buffer('_squared', squared / 2, persistent=False)
 
     def _unit(self, z):
         "The vectors that the cosine compares, of length one together."
@@ -36,12 +37,17 @@ class FastBank(nn.Module):
         lengths = vectors.norm(dim=2, keepdim=True).clamp(min=1e-12) * math.sqrt(vectors.shape[1])
         return (vectors / lengths).flatten(1)
 
+    def _zeros(self, z):
+        "Share of the vectors that are zero, whose cosine is 0."
+        return (as_vectors(z, self.axis).norm(dim=2) < 1e-12).float().mean(1)
+
     def distances(self,
         z: torch.Tensor, # N×C×H×W embeddings
     ) -> torch.Tensor: # N×k values of 1 − Sim, in [0, 2]
         "Cosine distance to every prototype."
         shifted = self._unit(z) - self._origin
-        squared = shifted.square().sum(1, keepdim=True) / 2 + self._squared
+        squared = shifted.square().sum(1, keepdim=True) + self._zeros(z)[:, None]
+        squared = squared / 2 + self._squared
         return torch.addmm(squared, shifted, self._matrix).clamp_(min=0)
 
     def score(self,

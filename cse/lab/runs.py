@@ -22,6 +22,7 @@ from ..data.images import DataError, Images, image_files
 from ..detector import CSE, Detector
 from ..classifier import ClassifierDetector
 from ..extensions.hybrid import HybridCSE
+from ..baselines.features import PublishedMethod
 from ..baselines.registry import BASELINES
 from ..metrics import aupro, auroc, auroc_interval, pixel_auroc
 from .figures import worst_pictures
@@ -178,6 +179,10 @@ def optional_sheet(
             'the record is kept without pictures')
 
 # %% ../../nbs/lab/05_runs.ipynb #37044d5a
+def _parameters(detector):
+    "What a published method does beyond the settings."
+    return detector.about if isinstance(detector, PublishedMethod) else {}
+
 def _about_identity(identity, category, seed, table, detector):
     "What was run, on what."
     config = identity.config
@@ -196,7 +201,7 @@ def _about_identity(identity, category, seed, table, detector):
         data=identity.data,
         textures=identity.textures,
         extractor=detector.extractor.info,
-        parameters=getattr(detector, 'about', {}))
+        parameters=_parameters(detector))
 
 def _about_scores(category, scores, metrics):
     "Scores of the test images, and the metrics that follow from them."
