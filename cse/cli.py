@@ -9,7 +9,6 @@ __all__ = ['app', 'fit', 'calibrate', 'score', 'evaluate', 'export_', 'tables', 
 import json, sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Optional
 import typer
 from .deploy.options import (
@@ -227,49 +226,14 @@ def export_(
         typer.echo(json.dumps(about) if as_json else written)
 
 # %% ../nbs/11_cli.ipynb #0f61fab7
-def _lab() -> SimpleNamespace:
-    "What `cse tables` needs of the lab."
-    from cse.lab.latency import run_speed
-    from cse.lab.grid import GridError
-    from cse.lab.parameters import run_table
-    from cse.lab.published import PUBLISHED
-    from cse.lab.tables import caption, publish
-    from cse.lab.comparison import comparison
-    return SimpleNamespace(**locals())
-
-def _table_options(number, options, alone) -> dict:
-    "Options of one table. Among several, Table 2 keeps its own categories, and Table 3 its own methods."
-    given = dict(options)
-    tilda = given.pop('tilda')
-    if number == 2: given['data'] = tilda
-    if number == 2 and not alone: given['categories'] = ''
-    if number == 3 and not alone: given['methods'] = ''
-    own = {3: '', 4: 'classifier,cse', 5: 'all'}.get(number, 'cse')
-    given['methods'] = given['methods'] or own
-    return given
-
-def _regenerate(lab, number, given) -> tuple[str, dict]:
-    "A table as text, and as JSON values."
-    with redirect_stdout(sys.stderr): # lines of progress
-        records = lab.run_speed(**given) if number == 3 else lab.run_table(number, **given)
-    text = lab.publish(records, number, given['results'])
-    rows = json.loads(lab.comparison(records, number).to_json(orient='records'))
-    return text, dict(table=number, caption=lab.caption(records, number), rows=rows)
-
 def _run_tables(numbers, options, as_json) -> list[int]:
     "Regenerate tables and print them; the numbers of those that failed come back. Raises `ConfigError`."
-    from cse.config import ConfigError
-    lab, found, failed = _lab(), [], []
-    if unknown := [n for n in numbers or () if n not in lab.PUBLISHED]:
-        known = ', '.join(map(str, lab.PUBLISHED))
-        raise ConfigError(f'table {unknown[0]}: expected one of {known}')
-    wanted = numbers or list(lab.PUBLISHED)
+    from cse.lab.regenerate import regenerate_tables
+    found, failed = [], []
     try:
-        for number in wanted:
-            given = _table_options(number, options, alone=len(wanted) == 1)
-            try: text, table = _regenerate(lab, number, given)
-            except lab.GridError as e:
-                typer.echo(f'error: table {number}: {e}', err=True)
+        for number, text, table in regenerate_tables(numbers, options):
+            if table is None:
+                typer.echo(f'error: table {number}: {text}', err=True)
                 failed.append(number)
                 continue
             if not as_json: typer.echo(text)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'TILDA_FABRICS', 'PROFILES', 'ConfigError', 'setting', 'PaperSettings', 'CodeSettings', 'RunSettings',
-           'Config', 'from_profile', 'differences', 'digest', 'fingerprint', 'describe']
+           'Config', 'from_profile', 'differences', 'digest', 'fingerprint']
 
 # %% ../nbs/01_config.ipynb #977cb54b
 import dataclasses, difflib, hashlib, json, math, typing
@@ -338,12 +338,3 @@ def fingerprint(
     values = config.to_dict()
     names = [f.name for f in fields(config) if _decides(config, f)]
     return digest({name: values[name] for name in names})
-
-# %% ../nbs/01_config.ipynb #22eca082
-def describe(
-    config: Config, # Any configuration
-) -> str: # One line a setting
-    "A readable listing of a configuration."
-    return '\n'.join(
-        f'{f.name:20} {getattr(config, f.name)!s:26} {f.metadata["doc"]}'
-        for f in fields(config))

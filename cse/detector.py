@@ -18,7 +18,7 @@ from .data.timing import Stopwatch
 from .data.files import check_writable
 from .data.good_images import good_images, images_hash, warn_if_nearly_black
 from .data.model_files import ModelError, read_model, write_model
-from .defects import Textures
+from .data.textures import Textures
 from .model import Embedder
 from .scoring import MemoryBank
 from .training import History, make_decoder, make_embedder, pair_splits, prepare_decoder

@@ -15,7 +15,8 @@ from ..config import Config
 from ..data.folders import Category
 from ..data.images import Images
 from ..data.files import replacing
-from ..scoring import Scores, overlay
+from ..scoring import Scores
+from ..deploy.inspection import overlay
 
 # %% ../../nbs/lab/01_figures.ipynb #4e891fff
 def worst(
