@@ -217,16 +217,17 @@ def bank_share(
 
 def inference(
     bench: Bench, # What is timed
+    repeats: int = 200, # Images
 ) -> list[dict]: # Four rows
     "Latency of one image, the cost of 64 prototypes, and that of the hybrid detector."
     image, eager = bench.image, eager_detector(bench.detector, bench.eager)
     config = HybridConfig.of(bench.config).replace(epochs=1)
     hybrid = HybridCSE(config, bench.textures).fit(bench.category.train[:60], progress=False).compile()
     score, joined = (partial(d.score_batch, image) for d in (bench.detector, hybrid))
-    bare, ours = medians(lambda: bench.extractor(image), score, repeats=200)
-    extractor, bank = bank_share(bench)
-    without, with_raw = medians(score, joined, repeats=60)
-    plain, = medians(lambda: eager(image), repeats=60) # alone: PyTorch's threads would slow OpenVINO's
+    bare, ours = medians(lambda: bench.extractor(image), score, repeats=repeats)
+    extractor, bank = bank_share(bench, repeats=repeats)
+    without, with_raw = medians(score, joined, repeats=repeats // 3)
+    plain, = medians(lambda: eager(image), repeats=repeats // 3) # alone: PyTorch's threads would slow OpenVINO's
     bare, ours, without, with_raw, plain = (1000 * s for s in (bare, ours, without, with_raw, plain))
     return [
         row('tensor to score, over the bare compiled extractor',
@@ -335,8 +336,9 @@ def benchmark(
     "All ratios."
     import pandas as pd
     bench = Bench(data, textures=textures)
-    rows = [*training_step(bench), defect_batch(bench), *inference(bench)]
-    rows.append(folder_scoring(bench, 100 if quick else 600))
+    rows = training_step(bench, 3 if quick else 8)
+    rows += [defect_batch(bench), *inference(bench, 45 if quick else 200)]
+    rows.append(folder_scoring(bench, 24 if quick else 600))
     rows += engines_agree(bench, 1 if quick else 10)
     if not quick: rows += [folder_memory(bench), whole_fit(bench)]
     return pd.DataFrame(rows), bench
@@ -393,10 +395,10 @@ def growth(
     quick: bool = False, # Fewer and smaller steps
 ) -> dict[str, Curve]: # By name
     "Cost against size, one curve for each kind of growth."
-    images = (50, 100) if quick else (50, 100, 200, 400, 800)
+    images = (20, 40) if quick else (50, 100, 200, 400, 800)
     batches = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64)
     sides = (224, 288) if quick else (224, 288, 352, 448)
-    folders = (50, 200) if quick else (100, 1000, 10000)
+    folders = (20, 60) if quick else (100, 1000, 10000)
     return _with_more_images(bench, images) | {
         'score of one embedding': _with_more_prototypes((1, 4, 16, 64, 256)),
         'tensor to score': _with_larger_batches(bench, batches),
