@@ -23,7 +23,8 @@ def source(cell):
 
 
 def files(folder, *endings):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.suffix in endings and '.ipynb_checkpoints' not in p.parts}
+    found = [p for p in folder.rglob('*') if p.suffix in endings and '.ipynb_checkpoints' not in p.parts]
+    return {p.relative_to(folder): p.read_bytes() for p in found}
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +33,9 @@ def prepared(tmp_path_factory):
     copy = tmp_path_factory.mktemp('copy')
     for name in ('settings.ini', 'setup.py', 'README.md'):
         shutil.copy(ROOT / name, copy)
+    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '.last_checked')
     for name in ('nbs', 'cse'):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '.last_checked'))
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for command in ('nbdev_clean', 'nbdev_export'):
         subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True)
     return copy
@@ -48,10 +50,11 @@ def test_nothing_changes_when_cleaned_and_exported(prepared, folder, ending):
 
 
 def test_readme_is_the_index_notebook(tmp_path):
-    subprocess.run([BIN / 'jupyter', 'nbconvert', '--to', 'markdown', r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide',
-                    '--TagRemovePreprocessor.enabled=True', '--TagRemovePreprocessor.remove_input_tags=remove_input',
-                    '--NbConvertApp.output_files_dir=nbs/images',
-                    '--output-dir', tmp_path, '--output', 'README', ROOT / 'nbs/index.ipynb'], check=True, capture_output=True)
+    options = (r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide',
+               '--TagRemovePreprocessor.enabled=True', '--TagRemovePreprocessor.remove_input_tags=remove_input',
+               '--NbConvertApp.output_files_dir=nbs/images', '--output-dir', tmp_path, '--output', 'README')
+    command = BIN / 'jupyter', 'nbconvert', '--to', 'markdown', *options, ROOT / 'nbs/index.ipynb'
+    subprocess.run(command, check=True, capture_output=True)
     pictures = [p.relative_to(tmp_path) for p in tmp_path.rglob('*.png')]
     assert pictures and all((tmp_path / p).read_bytes() == (ROOT / p).read_bytes() for p in pictures)
     wings = 'data|fast|extensions|baselines|deploy|lab|tutorials|tables'
@@ -62,9 +65,13 @@ def test_readme_is_the_index_notebook(tmp_path):
 
 @pytest.mark.parametrize('path', [ROOT / 'README.md', *NOTEBOOKS], ids=lambda p: p.stem)
 def test_links_lead_somewhere(path):
-    text = path.read_text() if path.suffix == '.md' else '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
+    if path.suffix == '.md':
+        text = path.read_text()
+    else:
+        text = '\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
     links = [link for link in re.findall(r'\]\(([^)\s#]+)', text) if not link.startswith('http')]
-    assert [link for link in links if not (path.parent / link).exists()] == [] and (links or path.stem not in ('README', 'index'))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert links or path.stem not in ('README', 'index')
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'nbs/tables').glob('*.ipynb')), ids=lambda p: p.stem)
@@ -102,8 +109,8 @@ def test_outputs_hold_no_machine_paths_and_no_errors(path):
 
 
 # who may import whom: a module imports what stands before it, and in its own wing what has a lower number
-ORDER = ['config', 'data', 'model', 'losses', 'defects', 'extractor', 'scoring', 'training', 'metrics', 'fast',
-         'detector', 'classifier', 'extensions', 'deploy', 'baselines', 'lab', 'cli']
+ORDER = ['config', 'data', 'model', 'losses', 'defects', 'extractor', 'scoring', 'training', 'metrics',
+         'fast', 'detector', 'classifier', 'extensions', 'deploy', 'baselines', 'lab', 'cli']
 FOREIGN = 'nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'jupyter'
 
 
@@ -158,8 +165,11 @@ def test_definitions_are_short(module):
 
 
 def test_the_root_is_small():
-    counts = {p.name: sum(bool(line.strip()) and not line.startswith('#') for line in p.read_text().splitlines())
-              for p in (ROOT / 'cse').glob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+    def count(path):
+        lines = path.read_text().splitlines()
+        return sum(bool(line.strip()) and not line.startswith('#') for line in lines)
+    generated = '__init__.py', '_modidx.py'
+    counts = {p.name: count(p) for p in (ROOT / 'cse').glob('*.py') if p.name not in generated}
     assert max(counts.values()) <= 300 and sum(counts.values()) <= 2000 and len(counts) <= 12, counts
 
 
@@ -167,7 +177,9 @@ def test_import_is_light():
     "`import cse` costs torch and timm; what takes seconds beyond them is loaded when it is needed."
     code = ('import sys, torch, timm; before = set(sys.modules); import cse; '
             'print(*sorted({m.split(".")[0] for m in set(sys.modules) - before}))')
-    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'papermill', 'sklearn', 'pandas', 'matplotlib', 'seaborn', 'skimage', 'openvino', 'scipy'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    heavy = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'papermill', 'sklearn', 'pandas',
+             'matplotlib', 'seaborn', 'skimage', 'openvino', 'scipy'}
     assert 'cse' in loaded
     assert heavy & set(loaded) == set()

@@ -222,7 +222,8 @@ def inference(
     "Latency of one image, the cost of 64 prototypes, and that of the hybrid detector."
     image, eager = bench.image, eager_detector(bench.detector, bench.eager)
     config = HybridConfig.of(bench.config).replace(epochs=1)
-    hybrid = HybridCSE(config, bench.textures).fit(bench.category.train[:60], progress=False).compile()
+    hybrid = HybridCSE(config, bench.textures)
+    hybrid.fit(bench.category.train[:60], progress=False).compile()
     score, joined = (partial(d.score_batch, image) for d in (bench.detector, hybrid))
     bare, ours = medians(lambda: bench.extractor(image), score, repeats=repeats)
     extractor, bank = bank_share(bench, repeats=repeats)
