@@ -51,7 +51,8 @@ def test_nothing_changes_when_cleaned_and_exported(prepared, folder, ending):
 
 def test_readme_is_the_index_notebook(tmp_path):
     options = (r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide',
-               '--TagRemovePreprocessor.enabled=True', '--TagRemovePreprocessor.remove_input_tags=remove_input',
+               '--TagRemovePreprocessor.enabled=True',
+               '--TagRemovePreprocessor.remove_input_tags=remove_input',
                '--NbConvertApp.output_files_dir=nbs/images', '--output-dir', tmp_path, '--output', 'README')
     command = BIN / 'jupyter', 'nbconvert', '--to', 'markdown', *options, ROOT / 'nbs/index.ipynb'
     subprocess.run(command, check=True, capture_output=True)

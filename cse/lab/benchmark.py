@@ -228,7 +228,8 @@ def inference(
     bare, ours = medians(lambda: bench.extractor(image), score, repeats=repeats)
     extractor, bank = bank_share(bench, repeats=repeats)
     without, with_raw = medians(score, joined, repeats=repeats // 3)
-    plain, = medians(lambda: eager(image), repeats=repeats // 3) # alone: PyTorch's threads would slow OpenVINO's
+    # alone, since PyTorch's threads would slow OpenVINO's
+    plain, = medians(lambda: eager(image), repeats=repeats // 3)
     bare, ours, without, with_raw, plain = (1000 * s for s in (bare, ours, without, with_raw, plain))
     return [
         row('tensor to score, over the bare compiled extractor',
