@@ -69,7 +69,7 @@ benchmark: $(READY)
 
 robustness: $(READY)
 	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py \
-	  tests/test_report_page.py
+	  tests/test_report_page.py tests/test_baselines.py
 
 cluster-test: $(READY)
 	CLUSTER_RUNS=2000 $(BIN)/python -m pytest -q tests/test_cluster.py

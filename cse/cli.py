@@ -7,7 +7,6 @@ __all__ = ['app', 'fit', 'calibrate', 'score', 'evaluate', 'export_', 'tables', 
 
 # %% ../nbs/11_cli.ipynb #2ae572be
 import json, sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 import typer

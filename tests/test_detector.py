@@ -849,8 +849,8 @@ def test_the_files_of_an_export_are_named(plain, tmp_path, monkeypatch):
 
 def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
     from cse.lab.grid import GridError
-    common = '--categories', 'wood', '--json'
-    own = '--methods', 'mean_distance', '--tilda', 'nowhere', '--results', tmp_path
+    common = '--categories', 'wood', '--json', '--results', tmp_path
+    own = '--methods', 'mean_distance', '--tilda', 'nowhere'
     done = run('tables', 1, 2, *common, *own)
     assert done.exit_code == 2 and 'nowhere' in done.stderr
     assert [t['table'] for t in json.loads(done.stdout)['tables']] == [1]
@@ -860,9 +860,9 @@ def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
         asked[number] = given
         raise GridError('not run here')
 
-    monkeypatch.setattr('cse.lab.parameters.run_table', fail)
+    monkeypatch.setattr('cse.lab.regenerate.run_table', fail)
     done = run('tables', 1, 2, *common)
     assert done.exit_code == 1 and json.loads(done.stdout) == dict(tables=[], failed=[1, 2])
     assert [asked[n]['categories'] for n in (1, 2)] == ['wood', '']
-    run('tables', 2, '--categories', 'textile1')
+    run('tables', 2, '--categories', 'textile1', '--results', tmp_path)
     assert asked[2]['categories'] == 'textile1'
