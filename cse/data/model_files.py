@@ -10,7 +10,9 @@ import hashlib, json
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors, save as save_tensors
+from safetensors.torch import (
+    load as load_tensors,
+    save as save_tensors)
 from .files import replacing
 
 # %% ../../nbs/data/09_model_files.ipynb #8bd49f1d
@@ -18,8 +20,10 @@ class ModelError(ValueError):
     "Raised for a saved detector that cannot be used."
 
 SCHEMA = 4 # of saved detectors
-_FORM = dict(config=dict, seed=int, channels=list, extractor=dict, best_epoch=int, history=list,
-             tensors_sha256=str) # what every version of `model.json` has
+_FORM = dict( # in every `model.json`
+    config=dict, seed=int, channels=list,
+    extractor=dict, best_epoch=int,
+    history=list, tensors_sha256=str)
 _LATER = 'fitted_on', 'calibration', 'sha256' # what schemas 2 and 3 have besides
 
 def checksum(
@@ -36,7 +40,9 @@ def write_model(
 ) -> Path: # The folder
     "Write a model, each file whole or not at all."
     folder = Path(folder)
-    data = save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()})
+    data = save_tensors({
+        name: t.cpu().contiguous()
+        for name, t in tensors.items()})
     about = dict(schema=SCHEMA) | about | dict(tensors_sha256=hashlib.sha256(data).hexdigest())
     about |= dict(sha256=checksum(about))
     with replacing(folder/'model.safetensors') as path: path.write_bytes(data)
@@ -44,7 +50,10 @@ def write_model(
     return folder
 
 # %% ../../nbs/data/09_model_files.ipynb #6c7e6991
-HYBRID = 'density_layers', 'density_channels', 'density_share', 'embedding_weight', 'embedders'
+HYBRID = (
+    'density_layers', 'density_channels',
+    'density_share', 'embedding_weight',
+    'embedders')
 
 def _upgrade(about: dict) -> dict:
     "What a model of schema 1 to 3 would say today."
@@ -62,7 +71,9 @@ def _read_files(folder):
     try: return json.loads(about.read_text()), tensors.read_bytes()
     except OSError as e:
         why = 'no such file' if isinstance(e, FileNotFoundError) else e.strerror
-        raise ModelError(f'{e.filename}: {why}; expected a folder written by CSE.save') from None
+        raise ModelError(
+            f'{e.filename}: {why}; '
+            'expected a folder written by CSE.save') from None
     except (ValueError, RecursionError) as e:
         raise ModelError(f'{folder}/model.json: is no JSON ({e})') from e
 

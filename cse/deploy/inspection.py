@@ -15,13 +15,18 @@ from typing import TextIO
 import numpy as np, torch
 from PIL import Image
 from ..config import Config, ConfigError
-from ..data.files import check_file, check_writable, replacing
-from ..data.folders import Category, load_category, read_masks
+from ..data.files import (
+    check_file, check_writable, replacing)
+from ..data.folders import (
+    Category, load_category, read_masks)
 from ..data.images import DataError, Images
 from ..scoring import Scores
-from ..metrics import aupro, auroc, auroc_interval, pixel_auroc
+from ..metrics import (
+    aupro, auroc,
+    auroc_interval, pixel_auroc)
 from ..detector import Detector
-from ..extensions.calibration import Calibration, CalibrationError
+from ..extensions.calibration import (
+    Calibration, CalibrationError)
 from .options import FABRIC
 
 # %% ../../nbs/deploy/05_inspection.ipynb #c06fae45
@@ -45,14 +50,20 @@ def why_no_decisions(
 ) -> CalibrationError | None: # None where the detector can decide
     "Why a detector cannot decide. Raises `ConfigError` for what is no rate."
     if not 0 < alpha < 1:
-        raise ConfigError(f'--alpha {alpha}: expected a number between 0 and 1')
+        raise ConfigError(
+            f'--alpha {alpha}: '
+            'expected a number between 0 and 1')
     calibration = calibration_of(detector)
-    if not calibration: return CalibrationError('this detector is not calibrated; see `cse calibrate`')
+    if not calibration:
+        return CalibrationError(
+            'this detector is not calibrated; '
+            'see `cse calibrate`')
     try: calibration.allowed(alpha)
     except CalibrationError as e: return e
     return None
 
-def _number(value) -> float | None: return None if np.isnan(value) else float(value)
+def _number(value) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 def _decision(row, flag) -> str | None:
     if row['score'] is None: return None
@@ -67,10 +78,12 @@ def score_rows(
     pairs = zip(scores.paths, scores.image)
     rows = [dict(path=path, score=_number(score)) for path, score in pairs]
     if not calibration: return rows
-    for row, p in zip(rows, calibration.p_values(scores.image)): row['p_value'] = _number(p)
+    for row, p in zip(rows, calibration.p_values(scores.image)):
+        row['p_value'] = _number(p)
     if alpha is None: return rows
     flags = calibration.flags(scores.image, alpha)
-    for row, flag in zip(rows, flags): row['decision'] = _decision(row, flag)
+    for row, flag in zip(rows, flags):
+        row['decision'] = _decision(row, flag)
     return rows
 
 # %% ../../nbs/deploy/05_inspection.ipynb #e1ec7e85
@@ -110,10 +123,15 @@ def check_outputs(
         target = overlays.resolve()
         inside = source.is_dir() and target.is_relative_to(source.resolve())
         if inside or target == source.parent.resolve() and not source.is_dir():
-            raise ConfigError(f'--overlays {overlays}: lies in the folder that is scored; '
-                              'expected another one')
+            raise ConfigError(
+                f'--overlays {overlays}: '
+                'lies in the folder that is scored; '
+                'expected another one')
     if csv_file and model.resolve() in csv_file.resolve().parents:
-        raise ConfigError(f'--csv {csv_file}: lies in the detector; expected a file outside of it')
+        raise ConfigError(
+            f'--csv {csv_file}: '
+            'lies in the detector; '
+            'expected a file outside of it')
     if csv_file: check_file(csv_file)
     if overlays: check_writable(overlays)
 
@@ -125,10 +143,16 @@ def images_to_score(
 ) -> Images: # Prepared
     "The images to score. Raises `ConfigError` where a file would replace one, or maps are missing."
     if overlays and config.anomaly_map == 'none':
-        raise ConfigError("--overlays: this detector was fitted with anomaly_map='none'; it has no maps")
+        raise ConfigError(
+            "--overlays: this detector "
+            "was fitted with anomaly_map='none'; "
+            "it has no maps")
     images = Images(source, config)
     if csv_file and csv_file.resolve() in (Path(p).resolve() for p in images.paths):
-        raise ConfigError(f'--csv {csv_file}: is one of the images; expected another file')
+        raise ConfigError(
+            f'--csv {csv_file}: '
+            'is one of the images; '
+            'expected another file')
     return images
 
 # %% ../../nbs/deploy/05_inspection.ipynb #3464ba49
@@ -162,7 +186,8 @@ def save_overlays(
             target.parent.mkdir(parents=True, exist_ok=True)
             drawn = overlay(images[i], scores[i:i + 1].map[0], high)
             Image.fromarray(drawn).save(target)
-        except (OSError, DataError) as e: failed.append(_unwritten(target, e))
+        except (OSError, DataError) as e:
+            failed.append(_unwritten(target, e))
     return failed
 
 # %% ../../nbs/deploy/05_inspection.ipynb #d1127152
@@ -178,7 +203,9 @@ def read_category(
     config: Config, # How its images are found and prepared
 ) -> Category:
     "The category that lies, or would lie, at a path."
-    return load_category(path.resolve().parent, path.resolve().name, config)
+    return load_category(
+        path.resolve().parent,
+        path.resolve().name, config)
 
 def check_category(
     path: Path, # Folder of a category, or a fabric of a TILDA release
@@ -187,7 +214,10 @@ def check_category(
     if is_fabric(path): return
     for part in (path/'train/good', path/'test/good'):
         if not part.is_dir():
-            raise DataError(f'{part}: no such folder; expected a category in MVTec layout, or {FABRIC}')
+            raise DataError(
+                f'{part}: no such folder; '
+                'expected a category in MVTec layout, '
+                f'or {FABRIC}')
 
 # %% ../../nbs/deploy/05_inspection.ipynb #c2326a34
 def image_figures(
@@ -196,8 +226,11 @@ def image_figures(
 ) -> dict: # Numbers of images, AUROC and its 95 % interval
     "How well scores rank images."
     low, high = auroc_interval(labels, scores)
-    return dict(images=len(scores), good=int((labels == 0).sum()),
-                auroc=auroc(labels, scores), auroc_low=low, auroc_high=high)
+    return dict(
+        images=len(scores),
+        good=int((labels == 0).sum()),
+        auroc=auroc(labels, scores),
+        auroc_low=low, auroc_high=high)
 
 def decision_figures(
     calibration: Calibration, # Of the detector
@@ -208,9 +241,12 @@ def decision_figures(
     "How good the decisions are."
     flagged, good = calibration.flags(scores, alpha), labels == 0
     low, high = calibration.false_alarm_range(alpha, int(good.sum()))
-    return dict(alpha=alpha, false_positive_rate=float(flagged[good].mean()),
-                false_positive_low=low, false_positive_high=high,
-                detection_rate=float(flagged[~good].mean()))
+    return dict(
+        alpha=alpha,
+        false_positive_rate=float(flagged[good].mean()),
+        false_positive_low=low,
+        false_positive_high=high,
+        detection_rate=float(flagged[~good].mean()))
 
 # %% ../../nbs/deploy/05_inspection.ipynb #9e1dca64
 def map_figures(
@@ -219,8 +255,10 @@ def map_figures(
     cells: tuple[int, int], # Cells of the coarse maps
 ) -> dict: # Pixel AUROC, AUPRO, and the cells
     "How well maps agree with masks."
-    return dict(pixel_auroc=float(pixel_auroc(masks, maps)), aupro=float(aupro(masks, maps)),
-                map_cells='×'.join(map(str, cells)))
+    return dict(
+        pixel_auroc=float(pixel_auroc(masks, maps)),
+        aupro=float(aupro(masks, maps)),
+        map_cells='×'.join(map(str, cells)))
 
 def _masks(category, config: Config):
     "Masks of a category, None where there are none, or no maps to compare them with."
@@ -246,9 +284,13 @@ def evaluation(
     if not read.all(): figures['unreadable'] = int((~read).sum())
     if known := _known(detector, category.test): figures['took_part'] = known
     if alpha is not None:
-        figures |= decision_figures(calibration_of(detector), labels, values, alpha)
+        figures |= decision_figures(
+            calibration_of(detector),
+            labels, values, alpha)
     if masks is not None:
-        figures |= map_figures(masks[read], scores.map[read], scores.coarse.shape[1:])
+        figures |= map_figures(
+            masks[read], scores.map[read],
+            scores.coarse.shape[1:])
     return figures
 
 # %% ../../nbs/deploy/05_inspection.ipynb #121b334b
@@ -259,8 +301,10 @@ def evaluation_notes(
     "What a reader of the figures must know."
     found = []
     if 'took_part' in figures:
-        found.append(f'{figures["took_part"]} of the test images took part in fitting or '
-                     'calibration: the figures flatter')
+        found.append(
+            f'{figures["took_part"]} of the test images '
+            'took part in fitting or calibration: '
+            'the figures flatter')
     if brief: return found
     rate, most = (figures.get(f'false_positive_{name}', 0) for name in ('rate', 'high'))
     if rate > most:
@@ -276,8 +320,12 @@ def listing(
     figures: dict, # Name → value
 ) -> str: # One line a figure
     "Figures to be read by people."
-    shown = {k: f'{v:.4f}' if isinstance(v, float) else v for k, v in figures.items()}
-    return '\n'.join(f'{name}: {value}' for name, value in shown.items())
+    shown = {
+        k: f'{v:.4f}' if isinstance(v, float) else v
+        for k, v in figures.items()}
+    return '\n'.join(
+        f'{name}: {value}'
+        for name, value in shown.items())
 
 # %% ../../nbs/deploy/05_inspection.ipynb #f692a4ed
 def fit_summary(
@@ -287,6 +335,9 @@ def fit_summary(
     calibration = calibration_of(detector)
     smallest = 1 / (len(calibration) + 1) if calibration else None
     return dict(
-        images=detector.fitted_on.get('images'), epochs=len(detector.history),
-        best_epoch=detector.best_epoch, interrupted=detector.interrupted,
-        calibration_images=len(calibration or ()), smallest_alpha=smallest)
+        images=detector.fitted_on.get('images'),
+        epochs=len(detector.history),
+        best_epoch=detector.best_epoch,
+        interrupted=detector.interrupted,
+        calibration_images=len(calibration or ()),
+        smallest_alpha=smallest)

@@ -34,6 +34,10 @@ def new_detector(
 ) -> CalibratedCSE: # Not fitted
     "A detector of a method and a profile. Raises `ConfigError`."
     if method not in METHODS:
-        raise ConfigError(f'method={method!r}: expected one of {", ".join(METHODS)}')
+        raise ConfigError(
+            f'method={method!r}: '
+            f'expected one of {", ".join(METHODS)}')
     kind = METHODS[method]
-    return kind(from_profile(profile, kind.config_class, **settings), textures, seed)
+    return kind(
+        from_profile(profile, kind.config_class, **settings),
+        textures, seed)

@@ -12,7 +12,8 @@ from typing import Self
 import numpy as np, torch
 from ..config import ConfigError
 from ..data.images import DataError, Images, ImageSource
-from ..data.good_images import good_images, image_hash, image_hashes
+from ..data.good_images import (
+    good_images, image_hash, image_hashes)
 from ..data.seeds import seeded, split
 from ..detector import CSE
 
@@ -23,7 +24,10 @@ class CalibrationError(ValueError):
 def _checked(scores) -> np.ndarray:
     "Sorted scores. Raises `CalibrationError` for none, and for NaN."
     scores = np.sort(np.asarray(scores, np.float64).ravel())
-    if not len(scores): raise CalibrationError('calibration: got no scores; expected at least one')
+    if not len(scores):
+        raise CalibrationError(
+            'calibration: got no scores; '
+            'expected at least one')
     if not np.isfinite(scores).all():
         raise CalibrationError('calibration: got scores that are no numbers; '
                                'expected readable images only')
@@ -45,14 +49,18 @@ class Calibration:
         "Share of good images that score as high, the image itself counted."
         scores = np.asarray(scores, np.float64)
         above = len(self) - np.searchsorted(self.scores, scores, 'left')
-        return np.where(np.isnan(scores), np.nan, (1 + above) / (len(self) + 1))
+        return np.where(
+            np.isnan(scores), np.nan,
+            (1 + above) / (len(self) + 1))
 
     def allowed(self,
         alpha: float, # False-alarm rate, between 0 and 1
     ) -> int: # How many of the n images may reach the score of an image that is flagged
         "Raises `CalibrationError` for a rate that needs more images."
         if not 0 < alpha < 1:
-            raise CalibrationError(f'alpha={alpha!r}: expected a number between 0 and 1')
+            raise CalibrationError(
+                f'alpha={alpha!r}: '
+                'expected a number between 0 and 1')
         count = math.floor(alpha * (len(self) + 1) + 1e-9) - 1
         if count >= 0: return count
         needed = math.ceil(1 / alpha - 1e-9) - 1

@@ -28,7 +28,8 @@ class HybridConfig(Config):
     "The settings of the hybrid detector: those of the paper, and of the Gaussians."
     density_layers: tuple[int, ...] = setting(
         (2, 3, 4), 'Feature maps whose Gaussians join the score')
-    density_channels: int = setting(60, 'Channels of each map that these Gaussians describe', low=1)
+    density_channels: int = setting(
+        60, 'Channels of each map that these Gaussians describe', low=1)
     density_share: float = setting(
         0.005, 'Share of the positions, those of largest distance, whose mean is the score',
         low=0, high=1)
@@ -94,7 +95,9 @@ class PatchGaussians(nn.Module):
         covariance = sum((x - mean).mT @ (x - mean) for x in parts()) / max(len(rows) - 1, 1)
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         diagonal += (self.shrinkage * diagonal.mean(1, keepdim=True)).clamp(min=1e-12)
-        identity = torch.eye(covariance.shape[1], dtype=torch.double, device=covariance.device)
+        identity = torch.eye(
+            covariance.shape[1], dtype=torch.double,
+            device=covariance.device)
         root = torch.linalg.cholesky(covariance)
         whitening = torch.linalg.solve_triangular(root, identity.expand_as(covariance), upper=False)
         whitening = whitening.mT.float().contiguous()
@@ -152,7 +155,9 @@ class EmbeddingScores(nn.Module):
         *features: torch.Tensor, # A map a layer of the embedding, N×C×H×W, finest first
     ) -> torch.Tensor: # N×E scores
         parts = self.embedder(features).chunk(len(self.banks), 1)
-        return torch.stack([bank.score(z) for bank, z in zip(self.banks, parts)], 1)
+        return torch.stack([
+            bank.score(z)
+            for bank, z in zip(self.banks, parts)], 1)
 
 # %% ../../nbs/extensions/02_hybrid.ipynb #e0e1e2e6
 class JointHead(nn.Module):
@@ -194,7 +199,9 @@ class JointHead(nn.Module):
         embedded = torch.cat([self.embed(batch) for batch in batches])
         parts = [maps, self._largest(maps), *embedded.unbind(1)]
         means = torch.stack([p.mean() for p in parts])
-        deviations = [p.std(correction=min(1, p.numel() - 1)).clamp(min=1e-12) for p in parts]
+        deviations = [
+            p.std(correction=min(1, p.numel() - 1)).clamp(min=1e-12)
+            for p in parts]
         self.standards = torch.stack([means, torch.stack(deviations)])
         return self
 
@@ -237,8 +244,12 @@ def _member_names(tensors, config) -> list[str]:
     gaussians = any(k.startswith('density.') for k in tensors)
     whole = gaussians and 'standards' in tensors
     if whole and 0 < len(names) <= config.embedders: return names
-    expected = f'embedders={config.embedders}, density_layers={config.density_layers}'
-    raise ModelError(f'/model.safetensors: does not fit model.json ({expected})')
+    expected = (
+        f'embedders={config.embedders}, '
+        f'density_layers={config.density_layers}')
+    raise ModelError(
+        '/model.safetensors: '
+        f'does not fit model.json ({expected})')
 
 def density_from(
     tensors: dict[str, torch.Tensor], # Of a saved detector
@@ -247,7 +258,10 @@ def density_from(
 ) -> PatchGaussians: # With what they have learned
     "The Gaussians of a saved detector."
     prefix = 'density.'
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    own = {
+        k.removeprefix(prefix): v
+        for k, v in tensors.items()
+        if k.startswith(prefix)}
     return PatchGaussians(config.density_channels, seed=seed).restore(own)
 
 # %% ../../nbs/extensions/02_hybrid.ipynb #efb6cabf

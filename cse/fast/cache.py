@@ -21,7 +21,9 @@ def _allocate(shape, device):
     if device: return torch.empty(shape, device=device)
     with tempfile.NamedTemporaryFile(dir=cache_folder()) as f: # goes when the tensor goes
         f.truncate(4 * int(np.prod(shape)))
-        return torch.from_numpy(np.memmap(f.name, np.float32, 'r+', shape=tuple(shape)))
+        return torch.from_numpy(np.memmap(
+            f.name, np.float32, 'r+',
+            shape=tuple(shape)))
 
 def _channels_last(n, c, h, w, device):
     "An N×C×H×W tensor in which the channels of a position lie together."
@@ -47,7 +49,8 @@ class FeatureCache:
             while start < count:
                 with clock('read'): batch = next(batches)
                 with clock('extractor'): maps = extractor(batch)
-                if self.images is None: self._reserve(count, batch, maps, extractor.device, config)
+                if self.images is None:
+                    self._reserve(count, batch, maps, extractor.device, config)
                 for store, values in zip((self.images, *self.features), (batch, *maps)):
                     store[start:start + len(batch)] = values.to(store.device)
                 start += len(batch)

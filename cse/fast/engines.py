@@ -41,14 +41,19 @@ def _convert(model, examples):
     shapes = [[-1, *e.shape[1:]] for e in examples]
     with warnings.catch_warnings(), same_logging():
         warnings.simplefilter('ignore')
-        return ov.convert_model(model, example_input=tuple(examples), input=shapes)
+        return ov.convert_model(
+            model,
+            example_input=tuple(examples),
+            input=shapes)
 
 def _save_network(network, path):
     "Write both files of a network beside their place, then move them there."
     import openvino as ov
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        ov.save_model(network, Path(folder)/'model.xml', compress_to_fp16=False)
+        ov.save_model(
+            network, Path(folder)/'model.xml',
+            compress_to_fp16=False)
         (Path(folder)/'model.bin').replace(path.with_suffix('.bin'))
         (Path(folder)/'model.xml').replace(path)
 
@@ -121,7 +126,9 @@ def compile_openvino(
 def _difference(found, expected) -> float:
     "Largest difference of outputs, relative to the largest value."
     pairs = zip(found, expected, strict=True)
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for a, b in pairs)
+    return max(
+        ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+        for a, b in pairs)
 
 def _compile_and_compare(model, examples, precision, key):
     "A compiled network and its difference to PyTorch; one that differs is made again."
@@ -131,7 +138,9 @@ def _compile_and_compare(model, examples, precision, key):
         run = compile_openvino(model, examples, key, precision, fresh)
         difference = _difference(run(*examples), expected)
         if difference <= limit: return run, difference
-    raise EngineError(f'outputs differ from PyTorch by {difference:.1e}; the limit is {limit:.0e}')
+    raise EngineError(
+        f'outputs differ from PyTorch by {difference:.1e}; '
+        f'the limit is {limit:.0e}')
 
 def checked_openvino(
     model: nn.Module, # A network of tensors, in eval mode
@@ -164,7 +173,9 @@ class FastExtractor(FeatureExtractor):
         engine: str = 'auto', # 'torch', 'openvino' (CPU), or 'auto': OpenVINO where it is exact
     ):
         if engine not in ('auto', 'torch', 'openvino'):
-            raise ConfigError(f"engine={engine!r}: expected 'auto', 'torch' or 'openvino'")
+            raise ConfigError(
+                f"engine={engine!r}: "
+                "expected 'auto', 'torch' or 'openvino'")
         super().__init__(name, weights, layers, device, precision)
         on_cpu = self.device.type == 'cpu'
         if engine == 'openvino' and not on_cpu:
@@ -183,7 +194,10 @@ class FastExtractor(FeatureExtractor):
     ) -> Self:
         "The extractor of a configuration."
         c = config
-        return cls(c.extractor, c.weights, layers or c.layers, c.device, c.precision, c.engine)
+        return cls(
+            c.extractor, c.weights,
+            layers or c.layers, c.device,
+            c.precision, c.engine)
 
     @property
     def info(self) -> dict:
@@ -197,8 +211,12 @@ class FastExtractor(FeatureExtractor):
 
     def _compile(self, size):
         "The compiled network for one image size; None where PyTorch computes it."
-        example = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-        sums = [float(p.double().sum()) for p in self.model.state_dict().values()]
+        example = torch.rand(
+            1, 3, *size,
+            generator=torch.Generator().manual_seed(0))
+        sums = [
+            float(p.double().sum())
+            for p in self.model.state_dict().values()]
         key = digest([self.origin, self.layers, size, sums])
         name = f'{self.origin["name"]} at {size[1]}×{size[0]} pixels'
         run, difference = checked_openvino(

@@ -12,7 +12,8 @@ from ..config import Config
 from ..data.timing import Stopwatch
 from ..defects import DefectGenerator
 from ..extractor import FeatureExtractor
-from ..training import Features, PairSampler, Pairs, pair_up
+from ..training import (
+    Features, PairSampler, Pairs, pair_up)
 from .cache import FeatureCache
 
 # %% ../../nbs/fast/06_pairs.ipynb #f085853c
@@ -28,12 +29,16 @@ class CachedPairs(PairSampler):
         seed: int = 0, # Seed of the run
         clock: Stopwatch | None = None, # Where seconds are added up
     ):
-        super().__init__(cache.images, extractor, defects, config, seed)
+        super().__init__(
+            cache.images, extractor,
+            defects, config, seed)
         self.cache, self.clock, self._validation = cache, clock or Stopwatch(), None
 
     def features(self, indices: torch.Tensor) -> Features:
         "Features of defect-free images."
-        return [f[indices].to(self.extractor.device) for f in self.cache.features]
+        return [
+            f[indices].to(self.extractor.device)
+            for f in self.cache.features]
 
     def partners(self,
         indices: torch.Tensor, # The second images of some pairs
@@ -51,15 +56,19 @@ class CachedPairs(PairSampler):
     def _corrupted_features(self, indices, generators):
         "Features of images with synthetic defects."
         images = self.images[indices].to(self.extractor.device)
-        with self.clock('defects'): corrupted, _, _ = self.defects(images, generators)
-        with self.clock('extractor'): maps = self.extractor(corrupted)
+        with self.clock('defects'):
+            corrupted, _, _ = self.defects(images, generators)
+        with self.clock('extractor'):
+            maps = self.extractor(corrupted)
         return maps[-len(self.cache.features):]
 
     def training(self, epoch: int) -> Iterator[Pairs]:
         "Batches of training pairs."
         first, second = self.pair_up(epoch)
         size = self.config.batch_size
-        for i, j in zip(first.split(AHEAD * size), second.split(AHEAD * size)):
+        for i, j in zip(
+                first.split(AHEAD * size),
+                second.split(AHEAD * size)):
             features, defective = self.partners(j, 'training', epoch)
             for rows in torch.arange(len(i)).split(size):
                 with self.clock('embedder'): # the time until the next batch is asked for
@@ -77,5 +86,6 @@ class CachedPairs(PairSampler):
         "Features of the second images, and which are defective."
         if self.config.validation_defects != 'fixed':
             return self.partners(second, 'validation', epoch)
-        if self._validation is None: self._validation = self.partners(second, 'validation')
+        if self._validation is None:
+            self._validation = self.partners(second, 'validation')
         return self._validation

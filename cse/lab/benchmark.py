@@ -24,7 +24,10 @@ from ..extractor import FeatureExtractor
 from ..losses import reduce_loss
 from ..model import Embedder, freeze
 from ..scoring import MemoryBank
-from ..training import PairSampler, make_decoder, make_embedder, make_optimizer, pair_losses, train, update
+from ..training import (
+    PairSampler, make_decoder,
+    make_embedder, make_optimizer,
+    pair_losses, train, update)
 from ..fast.cache import FeatureCache
 from ..fast.defects import FastDefectGenerator
 from ..fast.engines import compile_openvino
@@ -46,7 +49,9 @@ def times(
     def wait():
         if device.type == 'cuda': torch.cuda.synchronize(device)
     found, begin = [[] for _ in functions], time.perf_counter()
-    while len(found[0]) < repeats and (len(found[0]) < 10 or time.perf_counter() - begin < limit):
+    while len(found[0]) < repeats and (
+            len(found[0]) < 10
+            or time.perf_counter() - begin < limit):
         for function, ms in zip(functions, found):
             wait()
             start = time.perf_counter()
@@ -61,7 +66,9 @@ def medians(
 ) -> list[float]: # Median seconds of each
     "Median time of several functions."
     times(*functions, repeats=1)
-    return [float(np.median(ms)) / 1000 for ms in times(*functions, repeats=repeats)]
+    return [
+        float(np.median(ms)) / 1000
+        for ms in times(*functions, repeats=repeats)]
 
 # %% ../../nbs/lab/16_benchmark.ipynb #66e5d44f
 def row(
@@ -74,12 +81,16 @@ def row(
 ) -> dict[str, str]: # A row of the table
     "One comparison."
     ratio = reference / ours if ratio is None else ratio
-    values = dict(reference=f'{reference:.4g} {unit}', ours=f'{ours:.4g} {unit}')
+    values = dict(
+        reference=f'{reference:.4g} {unit}',
+        ours=f'{ours:.4g} {unit}')
     about = dict(what=what) | values | dict(ratio=f'{ratio:.3g}')
     if target is None: return about | dict(target='–', met='–')
     sign, limit = target
     met = ratio >= limit if sign == '≥' else ratio <= limit
-    return about | dict(target=f'{sign} {limit:g}', met='yes' if met else 'no')
+    return about | dict(
+        target=f'{sign} {limit:g}',
+        met='yes' if met else 'no')
 
 # %% ../../nbs/lab/16_benchmark.ipynb #dc93d2a9
 def _some_textures(config, textures):
@@ -103,7 +114,9 @@ class Bench:
         self.detector = self.fit(1, self.category.train).compile()
         self.extractor = self.detector.extractor
         self.eager = FeatureExtractor.from_config(config)
-        self.cache = FeatureCache(Images(self.category.train, config), self.extractor, config)
+        self.cache = FeatureCache(
+            Images(self.category.train, config),
+            self.extractor, config)
         self.defects = FastDefectGenerator(_some_textures(config, textures))
         self.plain_defects = DefectGenerator(torch.from_numpy(self.defects.textures) / 255)
         self.image = self.cache.images[:1].contiguous()
@@ -122,11 +135,17 @@ def _networks(bench, config, kind):
 
 def _plain_steps(bench, config, steps):
     "Losses and seconds of plain steps, and the losses that the fast way has with the same weights."
-    plain = PairSampler(bench.cache.images, bench.eager, bench.plain_defects, config)
-    fast = CachedPairs(bench.cache, bench.extractor, bench.defects, config)
+    plain = PairSampler(
+        bench.cache.images, bench.eager,
+        bench.plain_defects, config)
+    fast = CachedPairs(
+        bench.cache, bench.extractor,
+        bench.defects, config)
     embedder, decoder = _networks(bench, config, Embedder)
     other, _ = _networks(bench, config, FastEmbedder)
-    optimizer, schedule = make_optimizer(embedder, None, config, config.epochs * len(plain))
+    optimizer, schedule = make_optimizer(
+        embedder, None, config,
+        config.epochs * len(plain))
     plain_batches, fast_batches = plain.training(0), fast.training(0)
     expected, same, seconds = [], [], []
     for _ in range(min(steps, len(plain))):
@@ -134,8 +153,12 @@ def _plain_steps(bench, config, steps):
         with torch.no_grad():
             same.append(pair_losses(other, decoder, *next(fast_batches), config)[0].sum().item())
         start = time.perf_counter()
-        losses, _ = pair_losses(embedder, decoder, *next(plain_batches), config)
-        update(optimizer, schedule, reduce_loss(losses, config.loss_reduction))
+        losses, _ = pair_losses(
+            embedder, decoder,
+            *next(plain_batches), config)
+        update(
+            optimizer, schedule,
+            reduce_loss(losses, config.loss_reduction))
         expected.append(losses.sum().item())
         seconds.append(time.perf_counter() - start)
     return torch.tensor(expected), torch.tensor(same), float(np.median(seconds))
@@ -143,10 +166,14 @@ def _plain_steps(bench, config, steps):
 def _fast_steps(bench, config):
     "Losses and seconds of a step of a training run, validation aside."
     clock = Stopwatch()
-    pairs = CachedPairs(bench.cache, bench.extractor, bench.defects, config, clock=clock)
+    pairs = CachedPairs(
+        bench.cache, bench.extractor,
+        bench.defects, config,
+        clock=clock)
     embedder, decoder = _networks(bench, config, FastEmbedder)
     decoder.to(memory_format=torch.channels_last)
-    with clock('all'): losses = torch.cat(train(embedder, decoder, pairs, config).steps)
+    with clock('all'):
+        losses = torch.cat(train(embedder, decoder, pairs, config).steps)
     return losses, (clock.seconds['all'] - clock.seconds['validation']) / len(losses)
 
 def training_step(
@@ -177,8 +204,12 @@ def defect_batch(
     def draws(): return [seeded(0, 'benchmark', i) for i in range(32)]
     makers = bench.plain_defects, bench.defects
     calls = [lambda make=make: make(images, draws()) for make in makers]
-    plain, fast = (1000 * seconds / 32 for seconds in medians(*calls, repeats=5))
-    return row('corrupted image, in a batch of 32', plain, fast, 'ms', ('≥', 4))
+    plain, fast = (
+        1000 * seconds / 32
+        for seconds in medians(*calls, repeats=5))
+    return row(
+        'corrupted image, in a batch of 32',
+        plain, fast, 'ms', ('≥', 4))
 
 # %% ../../nbs/lab/16_benchmark.ipynb #0e93a8dc
 def eager_detector(
@@ -212,7 +243,10 @@ def bank_share(
         for name, ms in run.node_times().items(): parts[_part(name)] += ms
         found.append(parts)
     ms = {part: float(np.median([parts[part] for parts in found])) for part in found[0]}
-    if min(ms.values()) <= 0: raise RuntimeError(f'{ms}: expected operations named after each part')
+    if min(ms.values()) <= 0:
+        raise RuntimeError(
+            f'{ms}: expected operations '
+            'named after each part')
     return ms['extractor'], ms['bank']
 
 def inference(
@@ -224,8 +258,12 @@ def inference(
     config = HybridConfig.of(bench.config).replace(epochs=1)
     hybrid = HybridCSE(config, bench.textures)
     hybrid.fit(bench.category.train[:60], progress=False).compile()
-    score, joined = (partial(d.score_batch, image) for d in (bench.detector, hybrid))
-    bare, ours = medians(lambda: bench.extractor(image), score, repeats=repeats)
+    score, joined = (
+        partial(d.score_batch, image)
+        for d in (bench.detector, hybrid))
+    bare, ours = medians(
+        lambda: bench.extractor(image),
+        score, repeats=repeats)
     extractor, bank = bank_share(bench, repeats=repeats)
     without, with_raw = medians(score, joined, repeats=repeats // 3)
     # alone, since PyTorch's threads would slow OpenVINO's
@@ -260,15 +298,22 @@ def folder_scoring(
 ) -> dict: # A row
     "Images a second from a folder, ours and at best."
     with tempfile.TemporaryDirectory() as temporary:
-        folder = long_folder(bench.category.test, count, Path(temporary)/'images')
+        folder = long_folder(
+            bench.category.test, count,
+            Path(temporary)/'images')
         images = Images(folder, bench.config)
         def bare(size):
             for batch in images.batches(size): bench.extractor(batch)
         bare_ways = [partial(bare, size) for size in (4, 8, 16)]
-        *least, ours = medians(*bare_ways, lambda: bench.detector.score(images.paths), repeats=3)
+        *least, ours = medians(
+            *bare_ways,
+            lambda: bench.detector.score(images.paths),
+            repeats=3)
         best = min(least)
     what = 'images a second from a folder, share of the best'
-    return row(what, count / best, count / ours, 'images/s', ('≥', 0.9), best / ours)
+    return row(
+        what, count / best, count / ours,
+        'images/s', ('≥', 0.9), best / ours)
 
 # %% ../../nbs/lab/16_benchmark.ipynb #d4b0a66a
 def folder_memory(
@@ -279,13 +324,17 @@ def folder_memory(
     peaks = []
     for count in counts:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = long_folder(bench.category.test, count, Path(temporary)/'images')
+            folder = long_folder(
+                bench.category.test, count,
+                Path(temporary)/'images')
             reset_peak_memory()
             bench.detector.score(folder)
             peaks.append(peak_memory())
     short, long = peaks
     what = f'peak memory, {counts[1]:,} images over {counts[0]:,}'
-    return row(what, short, long, 'MB', ('≤', 1.05), long / short)
+    return row(
+        what, short, long, 'MB',
+        ('≤', 1.05), long / short)
 
 # %% ../../nbs/lab/16_benchmark.ipynb #268c0175
 def _engines_on(bench, category, epochs):
@@ -301,7 +350,10 @@ def engines_agree(
 ) -> list[dict]: # Three rows
     "How far scores of both engines are apart, and images that are ranked otherwise."
     root, names = bench.category.root, [bench.category.name]
-    if bench.data: names = sorted(p.name for p in root.iterdir() if (p/'train'/'good').is_dir())
+    if bench.data:
+        names = sorted(
+            p.name for p in root.iterdir()
+            if (p/'train'/'good').is_dir())
     largest, moved, apart, total = 0., 0, 0., 0
     for name in names:
         ours, plain = _engines_on(bench, load_category(root, name), epochs)
@@ -339,7 +391,9 @@ def benchmark(
     import pandas as pd
     bench = Bench(data, textures=textures)
     rows = training_step(bench, 3 if quick else 8)
-    rows += [defect_batch(bench), *inference(bench, 45 if quick else 200)]
+    rows += [
+        defect_batch(bench),
+        *inference(bench, 45 if quick else 200)]
     rows.append(folder_scoring(bench, 24 if quick else 600))
     rows += engines_agree(bench, 1 if quick else 10)
     if not quick: rows += [folder_memory(bench), whole_fit(bench)]
@@ -355,9 +409,16 @@ def _with_more_images(bench, sizes) -> dict[str, Curve]:
         start = time.perf_counter()
         detectors.append(bench.fit(1, images[torch.arange(n) % len(images)].contiguous()))
         seconds.append(time.perf_counter() - start)
-    latency = medians(*[partial(d.score_batch, bench.image) for d in detectors], repeats=30)
-    return {'one epoch of fitting': ('training images', 'seconds', sizes, seconds),
-            'score of one image': ('training images', 'ms', sizes, [1000 * s for s in latency])}
+    latency = medians(
+        *[partial(d.score_batch, bench.image) for d in detectors],
+        repeats=30)
+    return {
+        'one epoch of fitting': (
+            'training images', 'seconds',
+            sizes, seconds),
+        'score of one image': (
+            'training images', 'ms',
+            sizes, [1000 * s for s in latency])}
 
 def _with_more_prototypes(clusters) -> Curve:
     "The score of one embedding against the number of prototypes."
@@ -379,14 +440,18 @@ def _with_larger_batches(bench, sizes) -> Curve:
 def _with_larger_images(bench, sides) -> Curve:
     "Features of one image against its side."
     calls = [partial(bench.extractor, torch.rand(1, 3, s, s)) for s in sides]
-    return 'side, pixels', 'ms', sides, [1000 * medians(call, repeats=10)[0] for call in calls]
+    return 'side, pixels', 'ms', sides, [
+        1000 * medians(call, repeats=10)[0]
+        for call in calls]
 
 def _with_longer_folders(bench, counts) -> Curve:
     "Scoring a folder against its length."
     seconds = []
     for n in counts:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = long_folder(bench.category.test, n, Path(temporary)/'images')
+            folder = long_folder(
+                bench.category.test, n,
+                Path(temporary)/'images')
             start = time.perf_counter()
             bench.detector.score(folder)
             seconds.append(time.perf_counter() - start)

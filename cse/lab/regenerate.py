@@ -39,7 +39,10 @@ def _regenerate(number, given) -> tuple[str, dict]:
     text = publish(records, number, given['results'])
     frame = comparison(records, number)
     rows = json.loads(frame.to_json(orient='records'))
-    about = dict(table=number, caption=caption(records, number), rows=rows)
+    about = dict(
+        table=number,
+        caption=caption(records, number),
+        rows=rows)
     return text, about
 
 def regenerate_tables(
@@ -50,7 +53,9 @@ def regenerate_tables(
     wanted = numbers or list(PUBLISHED)
     if unknown := [n for n in wanted if n not in PUBLISHED]:
         known = ', '.join(map(str, PUBLISHED))
-        raise ConfigError(f'table {unknown[0]}: expected one of {known}')
+        raise ConfigError(
+            f'table {unknown[0]}: '
+            f'expected one of {known}')
     for number in wanted:
         given = _options_of(number, options, len(wanted) == 1)
         try: yield number, *_regenerate(number, given)
