@@ -23,31 +23,30 @@ class FastBank(nn.Module):
         super().__init__()
         self.axis, self.reduction = bank.axis, bank.reduction
         self.register_buffer('prototypes', bank.prototypes, persistent=False)
-        unit = self._unit(bank.prototypes)
+        unit, zeros = self._unit(bank.prototypes)
         origin = unit.mean(0, keepdim=True)
         matrix = (origin - unit).T
         self.register_buffer('_origin', origin, persistent=False)
         self.register_buffer('_matrix', matrix, persistent=False)
-        squared = matrix.square().sum(0) + self._zeros(bank.prototypes)
+        squared = matrix.square().sum(0) + zeros[:, 0]
         self.register_buffer('_squared', squared / 2, persistent=False)
 
     def _unit(self, z):
-        "The vectors that the cosine compares, of length one together."
+        """The vectors that the cosine compares, of length one together; and the share of
+        those that are zero, whose cosine is 0."""
         vectors = as_vectors(z, self.axis)
-        lengths = vectors.norm(dim=2, keepdim=True).clamp(min=1e-12) * math.sqrt(vectors.shape[1])
-        return (vectors / lengths).flatten(1)
-
-    def _zeros(self, z):
-        "Share of the vectors that are zero, whose cosine is 0."
-        return (as_vectors(z, self.axis).norm(dim=2) < 1e-12).float().mean(1)
+        lengths = vectors.norm(dim=2, keepdim=True)
+        zeros = (lengths < 1e-12).float().mean(1)
+        lengths = lengths.clamp(min=1e-12) * math.sqrt(vectors.shape[1])
+        return (vectors / lengths).flatten(1), zeros
 
     def distances(self,
         z: torch.Tensor, # N×C×H×W embeddings
     ) -> torch.Tensor: # N×k values of 1 − Sim, in [0, 2]
         "Cosine distance to every prototype."
-        shifted = self._unit(z) - self._origin
-        squared = shifted.square().sum(1, keepdim=True) + self._zeros(z)[:, None]
-        squared = squared / 2 + self._squared
+        unit, zeros = self._unit(z)
+        shifted = unit - self._origin
+        squared = (shifted.square().sum(1, keepdim=True) + zeros) / 2 + self._squared
         return torch.addmm(squared, shifted, self._matrix).clamp_(min=0)
 
     def score(self,
