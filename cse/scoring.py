@@ -90,7 +90,7 @@ class MemoryBank(nn.Module):
         "Squared distance to the scored prototype, ½‖c − z‖² / (H·W), as in the released code."
         d = self.distances(z)
         chosen = self.prototypes[d.argmin(1) if self.reduction == 'min' else d.argmax(1)]
-        return (chosen - z).square().sum(1) / (2 * z[0, 0].numel())
+        return (chosen - z).square().sum(1) / (2 * self.prototypes[0, 0].numel())
 
 # %% ../nbs/07_scoring.ipynb #a55c0f29
 def enlarge_maps(

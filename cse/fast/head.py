@@ -15,13 +15,13 @@ from ..scoring import MemoryBank
 from .model import FoldedEmbedder
 
 # %% ../../nbs/fast/05_head.ipynb #a28fdd18
-class FastBank(nn.Module):
+class FastBank(MemoryBank):
     "The distances of a fitted `MemoryBank`, in one product."
     def __init__(self,
         bank: MemoryBank, # Fitted
     ):
-        super().__init__()
-        self.axis, self.reduction = bank.axis, bank.reduction
+        super().__init__(bank.clusters, bank.prototype, bank.axis, bank.reduction)
+        del self.prototypes # a buffer here, which moves with the network
         self.register_buffer('prototypes', bank.prototypes, persistent=False)
         unit, zeros = self._unit(bank.prototypes)
         origin = unit.mean(0, keepdim=True)
@@ -48,21 +48,6 @@ class FastBank(nn.Module):
         shifted = unit - self._origin
         squared = (shifted.square().sum(1, keepdim=True) + zeros) / 2 + self._squared
         return torch.addmm(squared, shifted, self._matrix).clamp_(min=0)
-
-    def score(self,
-        z: torch.Tensor, # N×C×H×W embeddings
-    ) -> torch.Tensor: # N anomaly scores in [0, 2]
-        "Anomaly scores (§3.5)."
-        d = self.distances(z)
-        return d.amin(1) if self.reduction == 'min' else d.amax(1)
-
-    def maps(self,
-        z: torch.Tensor, # N×C×H×W embeddings
-    ) -> torch.Tensor: # N×H×W values, not negative
-        "Squared distance to the scored prototype at each position, as in the released code."
-        d = self.distances(z)
-        chosen = self.prototypes[d.argmin(1) if self.reduction == 'min' else d.argmax(1)]
-        return (chosen - z).square().sum(1) / (2 * self.prototypes[0, 0].numel())
 
 # %% ../../nbs/fast/05_head.ipynb #536eb19f
 class Head(nn.Module):
