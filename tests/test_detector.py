@@ -828,9 +828,16 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(wood, saved, tmp_path, m
 
 # --- tables and export by commands
 
-def test_results_on_stdout_and_progress_on_stderr(tmp_path):
-    command = 'tables', 1, '--categories', 'wood', '--methods', 'mean_distance', '--results', tmp_path
-    done = run(*command)
+@pytest.fixture(scope='module')
+def tabled(tmp_path_factory):
+    "A table: the command, what it printed, and its folder."
+    folder = tmp_path_factory.mktemp('results')
+    command = 'tables', 1, '--categories', 'wood', '--methods', 'mean_distance', '--results', folder
+    return command, run(*command), folder
+
+
+def test_results_on_stdout_and_progress_on_stderr(tabled):
+    command, done, _ = tabled
     assert done.exit_code == 0 and done.stdout.startswith('**Table 1')
     assert '[1/1] mean_distance wood' in done.stderr and '[1/1]' not in done.stdout
     table, = json.loads(run(*command, '--json').stdout)['tables']
@@ -847,9 +854,10 @@ def test_the_files_of_an_export_are_named(plain, tmp_path, monkeypatch):
     assert json.loads(done.stdout) == expected and all(f.is_file() for f in files)
 
 
-def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
+def test_several_tables_keep_what_is_their_own(tabled, monkeypatch):
     from cse.lab.grid import GridError
-    common = '--categories', 'wood', '--json', '--results', tmp_path
+    folder = tabled[2]
+    common = '--categories', 'wood', '--json', '--results', folder
     own = '--methods', 'mean_distance', '--tilda', 'nowhere'
     done = run('tables', 1, 2, *common, *own)
     assert done.exit_code == 2 and 'nowhere' in done.stderr
@@ -864,5 +872,5 @@ def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
     done = run('tables', 1, 2, *common)
     assert done.exit_code == 1 and json.loads(done.stdout) == dict(tables=[], failed=[1, 2])
     assert [asked[n]['categories'] for n in (1, 2)] == ['wood', '']
-    run('tables', 2, '--categories', 'textile1', '--results', tmp_path)
+    run('tables', 2, '--categories', 'textile1', '--results', folder)
     assert asked[2]['categories'] == 'textile1'
