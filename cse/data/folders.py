@@ -121,7 +121,7 @@ def _tell_shared(masks, test):
     if not shared: return
     mask, (first, second, *_) = shared[0]
     logging.getLogger(__name__).warning(
-        f'{len(shared)} masks fit several images: {mask} is used for {first} and {second}')
+        f'masks that fit several images: {len(shared)}, {mask} first, used for {first} and {second}')
 
 def _find_masks(folder, test, defects):
     "One mask a test image, None for good ones; None if the category has no masks."
@@ -192,13 +192,8 @@ def _is_soft(grey, marked):
     is_noisy = len(grey[grey > 0.5].unique()) > 1
     return not (between & ~near & ~(is_noisy & (grey <= NOISE))).any()
 
-def _is_picture(grey):
-    is_plain = ((grey == 0) | (grey == 1)).all() # saves a sort
-    return not is_plain and len(grey.unique()) > LABELS
-
 def _labelled(mask, grey):
     "Where a mask has another colour than its background; None if only edges are neither."
-    if _is_picture(grey): return None
     codes = _codes(mask)
     background = codes[grey == grey.min()].mode().values
     return None if _is_soft(grey, codes != background) else codes != background
@@ -211,13 +206,18 @@ def _check_background(mask, grey, path):
                         'expected 0, which is black, where there is no defect')
 
 def _marks(mask, path):
-    "3×H×W, above 1/2 where a mask marks a defect. Raises `DataError`."
-    grey = mask.amax(0)
+    """3×H×W, above 1/2 where a mask marks a defect, and whether it has greys that are left out.
+
+    Raises `DataError`."""
+    grey, has_greys = mask.amax(0), False
     _check_background(mask, grey, path)
-    labelled = _labelled(mask, grey)
-    if labelled is not None: mask = labelled.float().expand(3, -1, -1)
-    elif not torch.equal(mask[0], grey): mask = grey.expand(3, -1, -1)
-    if mask.max() > 0.5: return mask
+    marks = mask if torch.equal(mask[0], grey) else grey.expand(3, -1, -1)
+    if not ((grey == 0) | (grey == 1)).all():
+        is_picture = len(grey.unique()) > LABELS
+        has_greys = is_picture and not _is_soft(grey, grey > NOISE)
+        labelled = None if is_picture else _labelled(mask, grey)
+        if labelled is not None: marks = labelled.float().expand(3, -1, -1)
+    if marks.max() > 0.5: return marks, has_greys
     raise DataError(
         f'{path}: marks nothing, its largest value is {grey.max():.2g}; '
         'expected 1, which is white, where the defect is'
@@ -225,10 +225,10 @@ def _marks(mask, path):
 
 # %% ../../nbs/data/05_folders.ipynb #9a1ead23
 MASK_NOTES = dict(
-    vanished='vanish when they are resized: pixel metrics do not see their defects',
-    cropped='lie in the border that is cropped: pixel metrics do not see their defects',
-    unsure='fit their image both as it is stored and as it is shown; taken as shown',
-    greys=f'have more than {LABELS} greys; what is darker than half counts as good',
+    vanished='masks that vanish when they are resized (pixel metrics do not see their defects)',
+    cropped='masks in the border that is cropped (pixel metrics do not see their defects)',
+    unsure='masks that fit their image as it is stored and as it is shown (taken as shown)',
+    greys=f'masks with more than {LABELS} greys (what is darker than half counts as good)',
 )
 
 def _joined(path, image):
@@ -236,9 +236,9 @@ def _joined(path, image):
     joined, notes = None, set()
     for file in image_files(path) if path.is_dir() else [path]:
         mask, is_unsure = _upright(read_image(file), file, image)
-        marks, grey = _marks(mask, file), mask.amax(0)
+        marks, has_greys = _marks(mask, file)
         if is_unsure: notes.add('unsure')
-        if _is_picture(grey) and not _is_soft(grey, grey > NOISE): notes.add('greys')
+        if has_greys: notes.add('greys')
         if joined is not None and joined.shape != marks.shape:
             raise DataError(f'{file}: has another size than the other masks of {image}')
         joined = marks if joined is None else joined.maximum(marks)
@@ -260,7 +260,7 @@ def prepare_masks(
         if not pixels[i].any():
             is_outside = (resize(marks, config)[0] > 0.5).any()
             notes.add('cropped' if is_outside else 'vanished')
-        for note in notes: told[note].append(path)
+        for note in sorted(notes): told[note].append(path)
     return pixels, dict(told)
 
 def read_masks(
@@ -275,7 +275,7 @@ def read_masks(
     count = sum(mask is not None for mask in category.masks)
     for note, paths in told.items():
         logging.getLogger(__name__).warning(
-            f'{category.name}: {len(paths)} of {count} masks {MASK_NOTES[note]} ({paths[0]} first)')
+            f'{category.name}: {MASK_NOTES[note]}: {len(paths)} of {count}, {paths[0]} first')
     return pixels
 
 # %% ../../nbs/data/05_folders.ipynb #f63a23f7
@@ -440,7 +440,9 @@ def category_fingerprint(
         return _fingerprint(dict(places))
     folder = category.root/category.name
     used = {*category.train, *category.test, *(category.masks or ())}
-    def counts(path): return path in used or path.parent in used or path.suffix.lower() in ALWAYS
+    def counts(path):
+        suffix, is_used = path.suffix.lower(), not used.isdisjoint([path, path.parent])
+        return suffix in (IMAGE_SUFFIXES if is_used else ALWAYS) and path.is_file()
     return files_fingerprint(list(filter(counts, files_below(folder))), folder)
 
 # %% ../../nbs/data/05_folders.ipynb #702e1dca

@@ -127,6 +127,6 @@ def warn_if_nearly_black(
     if not dark: return
     first = paths[dark[0]] if paths else f'image {dark[0]}'
     logging.getLogger(__name__).warning(
-        f'{len(dark)} of {len(light)} images are nearly black, no value is above '
+        f'images: {len(dark)} of {len(light)} nearly black, no value is above '
         f'{light[dark].max():.2g} of 1, {first} first; for a camera of 10 or 12 bits that writes '
         'files of 16 or 32, set `bits` (`--bits 12`)')

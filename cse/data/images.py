@@ -234,7 +234,7 @@ def _is_image(path):
 
 def _kind(path):
     "How a file that is skipped is called in a count."
-    if not path.is_file(): return 'broken links'
+    if not path.is_file(): return 'broken link'
     return path.suffix.lower() or 'without ending'
 
 def image_files(
@@ -253,7 +253,7 @@ def image_files(
         raise DataError(f'{folder}: holds no images{found}; expected files with {_USUAL}')
     if counts:
         logging.getLogger(__name__).warning(
-            f'{folder}: {skipped.total()} files are skipped: {counts}')
+            f'{folder}: skipped files: {skipped.total()} ({counts})')
     return images
 
 # %% ../../nbs/data/01_images.ipynb #a7c8e2bb

@@ -310,7 +310,7 @@ def evaluation_notes(
             'took part in fitting or calibration: '
             'the figures flatter')
     for note, text in MASK_NOTES.items():
-        if count := figures.get(f'masks_{note}'): found.append(f'{count} masks {text}')
+        if count := figures.get(f'masks_{note}'): found.append(f'{text}: {count}')
     if brief: return found
     rate, most = (figures.get(f'false_positive_{name}', 0) for name in ('rate', 'high'))
     if rate > most:

@@ -161,7 +161,9 @@ def _measure(category, scores, config):
         aupro=None)
     if not category.masks or scores.coarse is None:
         return metrics
-    (masks, _), maps = prepare_masks(category, config), scores.map
+    (masks, _), maps = prepare_masks(category, config), scores.map # what is to be told is told already
+    if not masks.any():
+        return metrics
     return metrics | dict(
         pixel_auroc=float(pixel_auroc(masks, maps)),
         aupro=float(aupro(masks, maps)))
