@@ -95,20 +95,24 @@ def _masks_below(truth):
     found = defaultdict(set)
     for path in files_below(truth):
         if path.suffix.lower() not in IMAGE_SUFFIXES: continue
-        found[path.parent, path.stem.lower()].add(path)
-        found[path.parent.parent, path.parent.name.lower()].add(path.parent)
+        folder = path.parent
+        found[folder, path.stem.lower()].add(path)
+        found[folder.parent, folder.name.lower()].add(folder)
     return found
 
 def _other_mask(image, kind, folder, found):
     "A mask with another ending or in other letters, or a folder of masks, or None."
     for place, name in _mask_names(image, kind, folder):
         masks = found.get((place, name.lower()), set())
-        masks = sorted({m for m in masks if name in (m.stem, m.name)} or masks)
-        if len(masks) > 1:
-            names = ' and '.join(mask.name for mask in masks)
-            raise DataError(f'{place}: holds {names} for {image}; '
-                            'expected one mask, or a folder of masks')
-        if masks: return masks[0]
+        exact = {m for m in masks if name in (m.stem, m.name)}
+        first, *others = sorted(exact or masks) or [None]
+        if others:
+            names = ' and '.join(m.name for m in (first, *others))
+            raise DataError(
+                f'{place}: holds {names} for {image}; '
+                'expected one mask, or a folder of masks'
+            )
+        if first: return first
     return None
 
 # %% ../../nbs/data/05_folders.ipynb #3a1a88f8
@@ -117,21 +121,26 @@ def _tell_shared(masks, test):
     images = defaultdict(list)
     for mask, image in zip(masks, test):
         if mask: images[mask].append(image)
-    shared = [(mask, found) for mask, found in images.items() if len(found) > 1]
+    shared = [mask for mask, found in images.items() if len(found) > 1]
     if not shared: return
-    mask, (first, second, *_) = shared[0]
+    first, second, *_ = images[shared[0]]
     logging.getLogger(__name__).warning(
-        f'masks that fit several images: {len(shared)}, {mask} first, used for {first} and {second}')
+        f'masks that fit several images: {len(shared)}, '
+        f'{shared[0]} first, used for {first} and {second}'
+    )
 
 def _find_masks(folder, test, defects):
     "One mask a test image, None for good ones; None if the category has no masks."
     truth = folder/'ground_truth'
     if not truth.is_dir(): return None
-    bad = {image: kind for image, kind in zip(test, defects) if kind != 'good'}
-    masks = {image: _usual_mask(image, kind, folder) for image, kind in bad.items()}
-    found = {} if all(masks.values()) else _masks_below(truth)
-    for image, kind in bad.items():
-        masks[image] = masks[image] or _other_mask(image, kind, folder, found)
+    masks, found = {}, None
+    for image, kind in zip(test, defects):
+        if kind == 'good': continue
+        mask = _usual_mask(image, kind, folder)
+        if not mask:
+            found = found or _masks_below(truth)
+            mask = _other_mask(image, kind, folder, found)
+        masks[image] = mask
     if missing := [image for image, mask in masks.items() if not mask]:
         raise DataError(
             f'{truth}: no mask for {missing[0]} (and {len(missing) - 1} more); '
@@ -157,7 +166,7 @@ _TURNS = { # EXIF orientation → how the channels of a stored image are turned
 }
 
 def _stored(path):
-    "Size of an image file (width and height) and its orientation; None if it cannot be read."
+    "Width and height of an image file, and its orientation; None if it cannot be read."
     try:
         with Image.open(path) as image:
             return image.size, image.getexif().get(0x0112, 1)
@@ -165,11 +174,13 @@ def _stored(path):
 
 def _upright(mask, path, image):
     "A mask as its image is shown, and whether its size leaves that open. Raises `DataError`."
-    size, stored = tuple(mask.shape[:0:-1]), _stored(image)
-    if not stored: return mask, False
-    stored, orientation = stored
+    found = _stored(image)
+    if not found: return mask, False
+    stored, orientation = found
     shown = stored[::-1] if orientation in _TURNS else stored
-    if size == shown: return mask, orientation in range(2, 9) and size == stored
+    size = tuple(mask.shape[:0:-1])
+    if size == shown:
+        return mask, orientation in range(2, 9) and size == stored
     if size == stored: return _TURNS[orientation](mask), False
     raise DataError(
         f'{path}: is {size[0]}×{size[1]} pixels; '
@@ -178,7 +189,9 @@ def _upright(mask, path, image):
 
 # %% ../../nbs/data/05_folders.ipynb #bdcc5582
 LABELS = 32 # a mask with more greys is a picture
-CORE, NOISE, EDGE = 0.9, 1 / 16, 3 # white; black after compression; pixels of a soft edge
+CORE = 0.9 # white
+NOISE = 1 / 16 # black after compression
+EDGE = 3 # width of a soft edge, pixels
 
 def _codes(mask):
     "One whole number for each colour, H×W."
@@ -188,22 +201,29 @@ def _codes(mask):
 def _is_soft(grey, marked):
     "Is what is neither background nor white only the edge of something white, or noise?"
     between = marked & (grey < CORE)
-    near = F.max_pool2d((grey >= CORE).float()[None], 2 * EDGE + 1, 1, EDGE)[0] > 0
-    is_noisy = len(grey[grey > 0.5].unique()) > 1
-    return not (between & ~near & ~(is_noisy & (grey <= NOISE))).any()
+    core = (grey >= CORE).float()
+    near = F.max_pool2d(core[None], 2 * EDGE + 1, 1, EDGE)[0] > 0
+    if len(grey[grey > 0.5].unique()) > 1: # several whites, so black is noisy too
+        near |= grey <= NOISE
+    return not (between & ~near).any()
 
 def _labelled(mask, grey):
     "Where a mask has another colour than its background; None if only edges are neither."
     codes = _codes(mask)
     background = codes[grey == grey.min()].mode().values
-    return None if _is_soft(grey, codes != background) else codes != background
+    marked = codes != background
+    return None if _is_soft(grey, marked) else marked
 
+# %% ../../nbs/data/05_folders.ipynb #d06456c0
 def _check_background(mask, grey, path):
     low = grey.min()
     has_other = low < CORE or mask.min() <= 0.5 # than noise in white
     if low > 0.5 and has_other and len(_codes(mask).unique()) > 1:
-        raise DataError(f'{path}: holds no dark background, its darkest value is {low:.2g}; '
-                        'expected 0, which is black, where there is no defect')
+        raise DataError(
+            f'{path}: holds no dark background, '
+            f'its darkest value is {low:.2g}; expected 0, '
+            'which is black, where there is no defect'
+        )
 
 def _marks(mask, path):
     """3×H×W, above 1/2 where a mask marks a defect, and whether it has greys that are left out.
@@ -219,63 +239,84 @@ def _marks(mask, path):
         if labelled is not None: marks = labelled.float().expand(3, -1, -1)
     if marks.max() > 0.5: return marks, has_greys
     raise DataError(
-        f'{path}: marks nothing, its largest value is {grey.max():.2g}; '
-        'expected 1, which is white, where the defect is'
+        f'{path}: marks nothing, '
+        f'its largest value is {grey.max():.2g}; expected 1, '
+        'which is white, where the defect is'
     )
 
 # %% ../../nbs/data/05_folders.ipynb #9a1ead23
 MASK_NOTES = dict(
-    vanished='masks that vanish when they are resized (pixel metrics do not see their defects)',
-    cropped='masks in the border that is cropped (pixel metrics do not see their defects)',
-    unsure='masks that fit their image as it is stored and as it is shown (taken as shown)',
-    greys=f'masks with more than {LABELS} greys (what is darker than half counts as good)',
+    vanished='masks that vanish when they are resized '
+             '(pixel metrics do not see their defects)',
+    cropped='masks in the border that is cropped '
+            '(pixel metrics do not see their defects)',
+    unsure='masks that fit their image as it is stored '
+           'and as it is shown (taken as shown)',
+    greys=f'masks with more than {LABELS} greys '
+          '(what is darker than half counts as good)',
 )
 
-def _joined(path, image):
-    "The marks of a mask or of a folder of masks, and what is to be told of them."
-    joined, notes = None, set()
-    for file in image_files(path) if path.is_dir() else [path]:
-        mask, is_unsure = _upright(read_image(file), file, image)
-        marks, has_greys = _marks(mask, file)
-        if is_unsure: notes.add('unsure')
-        if has_greys: notes.add('greys')
-        if joined is not None and joined.shape != marks.shape:
-            raise DataError(f'{file}: has another size than the other masks of {image}')
-        joined = marks if joined is None else joined.maximum(marks)
-    return joined, notes
+def _files(mask):
+    "The files of a mask: itself, or those in its folder."
+    return image_files(mask) if mask.is_dir() else [mask]
 
+def _pixels(marks, config, path):
+    return (resize_crop(marks, config, str(path))[0] > 0.5).numpy()
+
+def _read_mask(path, image, config):
+    "The marks of a mask, 3×H×W, and what is to be told of them."
+    mask, is_unsure = _upright(read_image(path), path, image)
+    marks, has_greys = _marks(mask, path)
+    is_lost = not _pixels(marks, config, path).any()
+    is_cropped = is_lost and bool((resize(marks, config)[0] > 0.5).any())
+    told = dict(
+        vanished=is_lost and not is_cropped,
+        cropped=is_cropped,
+        unsure=is_unsure,
+        greys=has_greys,
+    )
+    return marks, [note for note, applies in told.items() if applies]
+
+def _prepare_mask(mask, image, config, told):
+    "What a mask or a folder of masks marks, crop×crop; notes are added to `told`."
+    joined = None
+    for path in _files(mask):
+        marks, notes = _read_mask(path, image, config)
+        for note in notes: told[note].append(path)
+        if joined is not None and joined.shape != marks.shape:
+            raise DataError(
+                f'{path}: has another size than '
+                f'the other masks of {image}'
+            )
+        joined = marks if joined is None else joined.maximum(marks)
+    return _pixels(joined, config, mask)
+
+# %% ../../nbs/data/05_folders.ipynb #a1297c59
 def prepare_masks(
     category: Category, # A category with masks
     config: Config, # How its images are prepared
-) -> tuple[np.ndarray, dict[str, list[Path]]]: # N×crop×crop bool; key of `MASK_NOTES` → masks
-    """Masks of the test images, prepared like the images, and what is to be told of them.
+) -> tuple[np.ndarray, dict[str, list[Path]]]: # N×crop×crop bool; notes → masks
+    """Masks of the test images, prepared like the images; all false for good ones.
 
-    Raises `DataError` for a mask that does not fit its image or marks nothing."""
+    The keys of the notes are those of `MASK_NOTES`. Raises `DataError` for a mask that
+    does not fit its image or marks nothing."""
     pixels = np.zeros((len(category.test), config.crop, config.crop), bool)
     told = defaultdict(list)
-    for i, (path, image) in enumerate(zip(category.masks, category.test)):
-        if path is None: continue
-        marks, notes = _joined(path, image)
-        pixels[i] = resize_crop(marks, config, str(path))[0] > 0.5
-        if not pixels[i].any():
-            is_outside = (resize(marks, config)[0] > 0.5).any()
-            notes.add('cropped' if is_outside else 'vanished')
-        for note in sorted(notes): told[note].append(path)
+    for i, (mask, image) in enumerate(zip(category.masks, category.test)):
+        if mask: pixels[i] = _prepare_mask(mask, image, config, told)
     return pixels, dict(told)
 
 def read_masks(
     category: Category, # A category with masks
     config: Config, # How its images are prepared
 ) -> np.ndarray: # N×crop×crop bool, one a test image
-    """Masks of the test images, prepared like the images; all false for good ones.
-
-    Masks of which something is to be told are counted in a warning. Raises `DataError` for a mask
-    that does not fit its image or marks nothing."""
+    """As `prepare_masks`; the notes become warnings."""
     pixels, told = prepare_masks(category, config)
-    count = sum(mask is not None for mask in category.masks)
+    count = sum(len(_files(mask)) for mask in category.masks if mask)
     for note, paths in told.items():
         logging.getLogger(__name__).warning(
-            f'{category.name}: {MASK_NOTES[note]}: {len(paths)} of {count}, {paths[0]} first')
+            f'{category.name}: {MASK_NOTES[note]}: '
+            f'{len(paths)} of {count}, {paths[0]} first')
     return pixels
 
 # %% ../../nbs/data/05_folders.ipynb #f63a23f7

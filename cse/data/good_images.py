@@ -15,12 +15,16 @@ from ..config import Config
 from .images import DataError, Images, ImageSource
 
 # %% ../../nbs/data/08_good_images.ipynb #7b1868cc
-_GOOD = set('good ok okay pass passed normal negative accepted io gut '
-            'nodefect nodefects defectfree nondefective undamaged'.split())
-_BAD = set('bad ng nok ko nio fail failed fails failure reject rejected rejects abnormal '
-           'anomaly anomalies anomalous defect defects defective def defekt fault faults faulty '
-           'flaw flaws flawed damage damaged broken scrap positive notok notgood '
-           'groundtruth mask masks'.split())
+_GOOD = set(
+    'good ok okay io gut pass passed normal negative accepted '
+    'nodefect nodefects defectfree nondefective undamaged'.split())
+_BAD = set(
+    'bad ng nok ko nio notok notgood positive scrap broken '
+    'fail failed fails failure reject rejected rejects '
+    'abnormal anomaly anomalies anomalous '
+    'defect defects defective def defekt '
+    'fault faults faulty flaw flaws flawed damage damaged '
+    'groundtruth mask masks'.split())
 _NOT = {'not', 'no', 'non', 'without', 'free'}
 
 @functools.cache
@@ -30,12 +34,12 @@ def says_good(
     "Does a name say that images are good, such as OK, or bad, such as not_ok?"
     if frame := re.fullmatch(r'c\dr\de(\d)n\d+', name.lower()): # of TILDA
         return frame[1] == '0'
-    apart = re.sub('(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', ' ', name) # NotOK, OKParts
-    for text in (name, apart):
+    humps = '(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])' # NotOK, OKParts
+    for text in (name, re.sub(humps, ' ', name)):
         words = re.findall('[a-z]+', text.lower())
         for word in (''.join(words), *words):
             if word not in _GOOD | _BAD: continue
-            is_negated = len(words) > 1 and word in words and not _NOT.isdisjoint(words)
+            is_negated = word in words and not _NOT.isdisjoint(words)
             return (word in _GOOD) != is_negated
     return None
 
@@ -47,34 +51,48 @@ def _is_chosen(name):
     return says_good(name) or name.lower() in _TRAIN
 
 def _beside(paths):
-    "An image that lies beside a folder of images for training, or None."
+    "An image beside a folder of images for training, or None."
     inside = defaultdict(dict) # folder → what is in it → an image
     for path in paths:
-        for part in (path, *path.parents[:-1]):
-            inside[part.parent].setdefault('' if part is path else part.name, path)
+        inside[path.parent].setdefault('', path)
+        for part in path.parents[:-1]:
+            inside[part.parent].setdefault(part.name, path)
     for found in inside.values():
         others = [name for name in found if not _is_chosen(name)]
         if 0 < len(others) < len(found): return found[others[0]]
     return None
 
+def _is_bad_place(path):
+    return any(says_good(name) is False for name in path.parts[:-1])
+
 def _not_good(paths):
     "An image that is perhaps defective by its place or name, or None."
     for path in paths:
-        if any(says_good(part) is False for part in path.parts[:-1]): return path
+        if _is_bad_place(path): return path
     names = {says_good(path.stem): path for path in paths}
     if {True, False} <= names.keys(): return names[False]
     return _beside(paths)
 
+# %% ../../nbs/data/08_good_images.ipynb #d098e7db
 def _meant(paths):
     "The folder of images for training, or None."
     found = []
     for path in paths:
         folders = path.parts[:-1]
         chosen = [i for i, name in enumerate(folders) if _is_chosen(name)]
-        if chosen and not any(says_good(name) is False for name in folders):
+        if chosen and not _is_bad_place(path):
             found.append(folders[:chosen[-1] + 1])
     def is_test(folders): return _TRAIN.isdisjoint(map(str.lower, folders))
     return Path(*min(found, key=is_test)) if found else None
+
+def _check_good(folder, paths):
+    if not (other := _not_good(paths)): return
+    good = _meant(paths)
+    expected = folder/good if good else 'a folder of good images only, or a list of them'
+    raise DataError(
+        f'{folder}: holds more than defect-free images, '
+        f'such as {other}; expected {expected}'
+    )
 
 def good_images(
     images: ImageSource, # Defect-free images
@@ -82,12 +100,9 @@ def good_images(
 ) -> Images: # Prepared
     "Images to learn from. Raises `DataError` for a folder that holds defective ones as well."
     found = images if isinstance(images, Images) else Images(images, config)
-    if not isinstance(images, (str, Path)) or not Path(images).is_dir(): return found
-    paths = [Path(path).relative_to(images) for path in found.paths]
-    if other := _not_good(paths):
-        good = _meant(paths)
-        expected = Path(images)/good if good else 'a folder of good images only, or a list of them'
-        raise DataError(f'{images}: holds more than defect-free images, such as {other}; expected {expected}')
+    folder = Path(images) if isinstance(images, (str, Path)) else None
+    if folder and folder.is_dir():
+        _check_good(folder, [Path(path).relative_to(folder) for path in found.paths])
     return found
 
 # %% ../../nbs/data/08_good_images.ipynb #5c81246b
@@ -123,10 +138,12 @@ def warn_if_nearly_black(
     unread: Collection[int] = (), # Images that could not be read
 ):
     "Warn of images without a value above 1/8."
-    dark = [i for i in (light < 1 / 8).nonzero().flatten().tolist() if i not in unread]
+    dark = (light < 1 / 8).nonzero().flatten().tolist()
+    dark = [i for i in dark if i not in unread]
     if not dark: return
     first = paths[dark[0]] if paths else f'image {dark[0]}'
     logging.getLogger(__name__).warning(
-        f'images: {len(dark)} of {len(light)} nearly black, no value is above '
-        f'{light[dark].max():.2g} of 1, {first} first; for a camera of 10 or 12 bits that writes '
-        'files of 16 or 32, set `bits` (`--bits 12`)')
+        f'images: {len(dark)} of {len(light)} nearly black, '
+        f'no value is above {light[dark].max():.2g} of 1, {first} first; '
+        'for a camera of 10 or 12 bits that writes files of 16 or 32, '
+        'set `bits` (`--bits 12`)')

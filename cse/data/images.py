@@ -33,21 +33,26 @@ _USUAL = '.png, .jpg, .bmp, .tif, .webp, .gif, .jp2, .pgm' # the common ones, fo
 
 # %% ../../nbs/data/01_images.ipynb #0095f138
 def _jpeg2000_bits(image):
-    "Bits a channel, from the SIZ marker of a JPEG 2000 file that is not decoded yet."
+    "Bits a channel of a JPEG 2000 file that is not decoded yet."
     start = image.fp.tell()
     image.fp.seek(0)
-    header = image.fp.read()
+    content = image.fp.read()
     image.fp.seek(start)
-    return (header[header.find(b'\xff\x4f\xff\x51') + 42] & 127) + 1
+    size = content.find(b'\xff\x4f\xff\x51') # marker
+    return (content[size + 42] & 127) + 1
 
 def _stated_bits(image):
     "Bits a channel that the file of a PIL image states."
     if image.format == 'TIFF': return max(image.tag_v2.get(258, (1,)))
-    tile = getattr(image, 'tile', None)
-    if tile and image.format == 'JPEG2000': return _jpeg2000_bits(image)
-    if tile and image.format == 'PPM' and isinstance(tile[0].args, tuple):
-        return 16 if tile[0].args[1] == 65535 else 15 # 15: Pillow stretches it
-    is_wide = tile and '16' in str(tile[0].args) or image.mode.startswith('I')
+    is_wide = image.mode.startswith('I')
+    if not getattr(image, 'tile', None): # decoded
+        return 16 if is_wide else 8
+    if image.format == 'JPEG2000':
+        return _jpeg2000_bits(image)
+    mode = image.tile[0].args
+    if image.format == 'PPM' and isinstance(mode, tuple):
+        return 16 if mode[1] == 65535 else 15 # 15: Pillow stretches it
+    is_wide |= '16' in str(mode)
     return 16 if is_wide else 8
 
 def _white(image, bits):
@@ -61,7 +66,8 @@ def _scaled(values, name, white, inverted=False):
     low, high = values.min(), values.max()
     if low < 0 or high > white:
         raise DataError(
-            f'{name}: holds values from {low} to {high}; expected 0 to {white} '
+            f'{name}: holds values from {low} to {high}; '
+            f'expected 0 to {white} '
             '(setting `bits`, 16 if not given)'
         )
     values = values.astype(np.float32)
@@ -71,35 +77,45 @@ def _scaled(values, name, white, inverted=False):
 def _check_opaque(image, name):
     alpha = image.convert('RGBA').getchannel('A')
     if alpha.getextrema()[0] < 255:
-        raise DataError(f'{name}: is partly transparent; expected an opaque image')
+        raise DataError(
+            f'{name}: is partly transparent; '
+            'expected an opaque image'
+        )
 
 def _pictures(image, name):
     "Number of pictures in a file. Cameras put a preview behind the first one (MPO)."
     count = getattr(image, 'n_frames', 1)
     if count > 1 and image.format != 'MPO':
-        raise DataError(f'{name}: holds {count} frames; expected a single image')
+        raise DataError(
+            f'{name}: holds {count} frames; '
+            'expected a single image'
+        )
     return count
 
 def _grey(image, name, bits):
     "H×W float32 in [0, 1] of a grey PIL image with more than 8 bits."
     white = _white(image, bits) # before it is decoded
-    zero_is_white = image.format == 'TIFF' and image.tag_v2.get(262) == 0
+    is_tiff = image.format == 'TIFF'
+    inverted = is_tiff and image.tag_v2.get(262) == 0
     values = np.asarray(ImageOps.exif_transpose(image))
-    return _scaled(values, name, white, zero_is_white)
+    return _scaled(values, name, white, inverted)
 
 def _to_rgb(image, name, bits=0):
     "H×W×3 uint8 or H×W float32 in [0, 1] of a PIL image."
     if image.mode.startswith('I'): return _grey(image, name, bits)
     if bits and _stated_bits(image) >= 16:
         raise DataError(
-            f'{name}: has colours of 16 bits, of which 8 are read; '
-            f'expected grey images or colours of 8 bits with bits={bits}'
+            f'{name}: has colours of 16 bits, '
+            'of which 8 are read; with '
+            f'bits={bits} expected grey images, '
+            'or colours of 8 bits'
         )
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
         raise DataError(
-            f'{name}: holds floating-point values; expected 8 or 16 bits a channel'
+            f'{name}: holds floating-point values; '
+            'expected 8 or 16 bits a channel'
         )
     if image.has_transparency_data:
         _check_opaque(image, name)
@@ -108,11 +124,12 @@ def _to_rgb(image, name, bits=0):
 
 # %% ../../nbs/data/01_images.ipynb #4e9b6fe2
 _READ_ERRORS = (
-    OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError
+    OSError, SyntaxError, ValueError,
+    struct.error, Image.DecompressionBombError
 )
 
 def _read_file(path, bits):
-    "Values of an image file as `_to_rgb` returns them, and the number of pictures in it."
+    "Values of a file as `_to_rgb` returns them, and the number of its pictures."
     try:
         with Image.open(path) as image:
             pictures = _pictures(image, path)
@@ -123,17 +140,22 @@ def _read_file(path, bits):
         raise DataError(f'{path}: no such file; expected an image') from None
     except _READ_ERRORS as e:
         raise DataError(
-            f'{path}: not a readable image ({e}); expected one of {_USUAL}'
+            f'{path}: not a readable image ({e}); '
+            f'expected one of {_USUAL}'
         ) from e
 
 def _tell_pictures(path, count):
     logging.getLogger(__name__).warning(
-        f'{path}: holds {count} pictures; the first is read, here and in other files like it')
+        f'{path}: holds {count} pictures; the first '
+        'is read, here and in other files like it'
+    )
 
 def _as_tensor(values):
     "3×H×W float32 in [0, 1] of what `_to_rgb` returns."
-    if values.dtype == np.float32: return torch.from_numpy(values).expand(3, -1, -1)
-    return torch.from_numpy(values.copy()).permute(2, 0, 1).float().div_(255)
+    if values.dtype == np.float32:
+        return torch.from_numpy(values).expand(3, -1, -1)
+    image = torch.from_numpy(values.copy())
+    return image.permute(2, 0, 1).float().div_(255)
 
 def read_image(
     path: str | Path, # An image file
@@ -212,9 +234,11 @@ def _new_folders(parent, names, seen):
 
 def _hidden_files(parent, folders, files):
     "Number of hidden files in a folder, those of its hidden folders included."
-    inside = [os.walk(os.path.join(parent, name)) for name in folders if is_hidden(name)]
-    below = sum(len(names) for walk in inside for _, _, names in walk)
-    return below + sum(map(is_hidden, files))
+    count = sum(map(is_hidden, files))
+    for name in filter(is_hidden, folders):
+        walk = os.walk(os.path.join(parent, name))
+        count += sum(len(names) for _, _, names in walk)
+    return count
 
 def files_below(
     folder: str | Path, # Searched with everything below it
@@ -224,7 +248,8 @@ def files_below(
     seen = {os.path.realpath(folder)} # links can form a circle
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if skipped is not None: skipped['hidden'] += _hidden_files(parent, folders, files)
+        if skipped is not None:
+            skipped['hidden'] += _hidden_files(parent, folders, files)
         folders[:] = _new_folders(parent, folders, seen)
         found += [Path(parent)/name for name in files if not is_hidden(name)]
     return sorted(found)
@@ -243,17 +268,21 @@ def image_files(
     """All images below a folder. Other files are counted in a warning.
 
     Raises `DataError` if there is no folder or no image."""
-    folder, skipped = existing_folder(folder, 'a folder of images'), Counter()
-    files = files_below(folder, skipped)
-    images = [path for path in files if _is_image(path)]
-    skipped.update(_kind(path) for path in files if not _is_image(path))
-    counts = ', '.join(f'{count} {kind}' for kind, count in skipped.items() if count)
+    folder = existing_folder(folder, 'a folder of images')
+    skipped, images = Counter(), []
+    for path in files_below(folder, skipped):
+        if _is_image(path): images.append(path)
+        else: skipped[_kind(path)] += 1
+    counts = [f'{count} {kind}' for kind, count in skipped.items() if count]
+    counts = f' ({", ".join(counts)})' if counts else ''
     if not images:
-        found = f' ({counts})' if counts else ''
-        raise DataError(f'{folder}: holds no images{found}; expected files with {_USUAL}')
+        raise DataError(
+            f'{folder}: holds no images{counts}; '
+            f'expected files with {_USUAL}'
+        )
     if counts:
         logging.getLogger(__name__).warning(
-            f'{folder}: skipped files: {skipped.total()} ({counts})')
+            f'{folder}: skipped files: {skipped.total()}{counts}')
     return images
 
 # %% ../../nbs/data/01_images.ipynb #a7c8e2bb
