@@ -112,8 +112,8 @@ def calibrate(
         check_writable(target)
         _warn_replaced(output)
         detector.calibrate(folder, progress=not quiet)
-        own = dict(device=stored['device'], weights=stored['weights'], bits=stored.get('bits', 0))
-        detector.config = detector.config.replace(**own) # not those of this call
+        own = {name: stored[name] for name in ('device', 'weights')} # those of this call are not kept
+        detector.config = detector.config.replace(**own)
         detector.save(target)
         _tell(detector, target, as_json)
 

@@ -378,6 +378,7 @@ def write_old(detector, folder, schema, profile):
     "Write a detector as an earlier version did."
     about = json.loads((detector.save(folder) / 'model.json').read_text())
     config = DENSITY | about['config'] | dict(profile=profile)
+    del config['bits']
     about = {k: v for k, v in about.items() if k != 'class' and LATER.get(k, 1) <= schema}
     about |= dict(schema=schema, config=config)
     if schema > 1:
@@ -393,7 +394,8 @@ def test_detectors_of_earlier_versions_load_as_what_they_are(detector, hybrid, g
         assert type(again) is type(fitted) and again.config == fitted.config and not again.interrupted
         assert np.array_equal(again.score(good).image, fitted.score(good).image)
     assert isinstance(CSE.load(tmp_path / 'smoke'), CalibratedCSE)
-    assert bool(cse.load(tmp_path / 'smoke').calibration) == (schema > 1)
+    assert bool(cse.load(tmp_path / 'smoke', bits=12).calibration) == (schema > 1)
+    assert cse.load(tmp_path / 'smoke', bits=12).config == detector.config.replace(bits=12)
 
 
 def test_saved_detectors_load_and_are_calibrated_anew(detector, saved, good, wood, tmp_path):

@@ -548,6 +548,27 @@ def test_the_command_line_takes_bits(tmp_path, monkeypatch):
     assert given == [12, 12, 12, None]
 
 
+def test_a_calibration_keeps_its_bits(tmp_path, monkeypatch):
+    class Calibrated(Stub):
+        calibration, history, best_epoch, fitted_on = None, [], 0, {}
+
+        def calibrate(self, folder, progress):
+            pass
+
+        def save(self, folder):
+            (folder / 'bits').write_text(str(self.config.bits))
+
+    def load(folder, **other):
+        detector = Calibrated()
+        detector.config = Config.smoke(**other)
+        return detector
+    monkeypatch.setattr('cse.deploy.saving.load', load)
+    (tmp_path / 'model.json').write_text('{"config": {"device": "cpu", "weights": "packaged"}}')
+    done = CliRunner().invoke(app, ['calibrate', str(tmp_path), 'images', '--bits', '12'])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / 'bits').read_text() == '12'
+
+
 @pytest.mark.parametrize('images', [
     RGB[None].transpose(0, 3, 1, 2), torch.from_numpy(RGB.copy()).permute(2, 0, 1)[None],
     RGB[None].transpose(0, 3, 1, 2) / np.float32(255), RGB[None].transpose(0, 3, 1, 2) / 255])
