@@ -10,7 +10,7 @@ __all__ = ['Finding', 'Audit', 'identity', 'check_record', 'check_records_of', '
 import difflib, fnmatch, gzip, json, math, tempfile, zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 import numpy as np
@@ -52,6 +52,9 @@ class Audit:
 
     @property
     def ok(self) -> bool: return not self.findings
+
+    def to_dict(self) -> dict: # Plain values
+        return asdict(self)
 
     def __str__(self):
         counts = ', '.join(

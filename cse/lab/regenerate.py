@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'check_numbers', 'options_of', 'runs_folder', 'planned', 'time_left', 'Progress', 'start_over',
-           'regenerate']
+           'regenerate', 'print_tables']
 
-# %% ../../nbs/lab/22_regenerate.ipynb #36fd4d76
+# %% ../../nbs/lab/22_regenerate.ipynb #e5790434
 import inspect, io, json, shutil, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,6 +21,7 @@ from .latency import plan_speed, run_speed, timing_key
 from .parameters import plan_table, read_asked, run_table, table_records
 from .published import PUBLISHED
 from .records import is_timing, load_records, reference_folder
+from .reproduction import compare
 from .runs import identify
 from .scheduling import as_scheduler
 from .tables import caption, publish
@@ -227,3 +228,35 @@ def regenerate(
                 else: _run_here(number, given)
             except GridError as e: failure = str(e)
             yield number, *_made(number, results), failure
+
+# %% ../../nbs/lab/22_regenerate.ipynb #63d0e772
+def _completed(options):
+    "Options with the folder and the seeds that were not given."
+    given = dict(options)
+    folder = runs_folder(given['data'], given['profile'], given.get('extractor', ''))
+    given['results'] = str(given['results'] or folder)
+    given['seeds'] = given['seeds'] or ('1' if given['profile'] == 'smoke' else '3')
+    return given
+
+def print_tables(
+    numbers: list[int] | None, # Numbers of tables; all if not given
+    options: dict, # Parameters of `run_table`, and `tilda`, the data of Table 2
+    notebooks: str | Path = '', # Folder of the table notebooks; empty: made in this process
+    fresh: bool = False, # Remove what the folder has on record first
+    as_json: bool = False, # Print one JSON object
+    quiet: bool = False, # No line of progress
+) -> list[int]: # Numbers of the tables that failed
+    "Regenerate tables, print them, and compare them with the reference. Raises `ConfigError`."
+    options = _completed(options)
+    results, found, failed = options['results'], [], []
+    if fresh: start_over(results)
+    try:
+        for number, text, table, failure in regenerate(numbers, options, notebooks, quiet):
+            if failure: tqdm.write(f'error: table {number}: {failure}', file=sys.stderr)
+            failed += [number] * bool(failure)
+            if table: found.append(table)
+            if not as_json: tqdm.write(f'{results}/tables/table{number}.md' if notebooks else text)
+    finally:
+        if as_json: print(json.dumps(dict(tables=found, failed=failed)))
+    if found and not as_json: print(compare(results))
+    return failed

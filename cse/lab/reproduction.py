@@ -7,10 +7,10 @@ __all__ = ['MACHINES', 'measured_spread', 'pooled_sd', 'Cell', 'band', 'obstacle
            'compare_table', 'compare', 'reproduction_table', 'reproduction_plot', 'reproduction', 'run_as',
            'spread_frame']
 
-# %% ../../nbs/lab/21_reproduction.ipynb #53cc14fb
+# %% ../../nbs/lab/21_reproduction.ipynb #8c1fcc2e
 import json, math, os, subprocess, sys
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
@@ -171,7 +171,7 @@ def _speed_cells(ours, reference):
         Cell(3, column, 'time', found[column], known[column], _FACTOR, seeds)
         for column in found if column in known]
 
-# %% ../../nbs/lab/21_reproduction.ipynb #da1c6182
+# %% ../../nbs/lab/21_reproduction.ipynb #35797304
 @dataclass
 class Reproduction:
     "A comparison with the reference."
@@ -185,6 +185,12 @@ class Reproduction:
         table: int, # Number in the paper
     ) -> list[Cell]:
         return [c for c in self.cells if c.table == table]
+
+    def to_dict(self) -> dict: # Plain JSON values
+        cells = [asdict(c) | dict(reproduced=c.reproduced) for c in self.cells]
+        for cell in cells: # a value that is missing
+            cell |= {k: None for k, v in cell.items() if isinstance(v, float) and math.isnan(v)}
+        return dict(reproduced=self.ok, cells=cells, without_reference=self.alone)
 
     def __str__(self):
         tables = sorted({c.table for c in self.cells})
