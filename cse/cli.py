@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from .deploy.options import (
     Alpha, Audited, Calibrated, Categories, Category, Csv, Data, DataSet, Device, Exported, Extractor,
-    Fitted, Fresh, From, GoodImages, HeldOut, Json, Method, Methods, Model, Notebooks, Overlays, Profile,
-    Quiet, Reference, Results, Runs, Scheduler, Seeds, Settings, Tables, TextureFolder, Textures, Tilda, To, Weights, Where,
-    errors, note, path_argument, settings_from, stop, stop_if)
+    Fitted, Fresh, From, GoodImages, HeldOut, Json, Method, Methods, Model, Notebooks, Overlays,
+    Profile, Quiet, Reference, Results, Runs, Scheduler, Seeds, Settings, Tables, TextureFolder, Textures,
+    Tilda, To, Weights, Where, errors, note, path_argument, settings_from, stop, stop_if)
 
 # %% ../nbs/11_cli.ipynb #171d5b2b
 app = typer.Typer(
@@ -263,9 +263,7 @@ def tables(
 
 @app.command()
 def compare(
-    runs: Runs,
-    reference: Reference = None,
-    as_json: Json = False,
+    runs: Runs, reference: Reference = None, as_json: Json = False,
 ):
     """Say how close results are to the reference. Exit status 1 if a cell is not reproduced.
 
@@ -279,8 +277,7 @@ def compare(
 
 @app.command()
 def audit(
-    results: Audited = Path('results/reference'),
-    as_json: Json = False,
+    results: Audited = Path('results/reference'), as_json: Json = False,
 ):
     """Check every record and rebuild Tables 1 to 6. Exit status 1 if something does not fit.
 

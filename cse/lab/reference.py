@@ -44,7 +44,7 @@ def _check(runs, target):
             f'{runs}: lacks {len(lost)} runs that {target} has, such as {column} on {category} '
             f'with seed {seed} in table {table}; expected all of them')
 
-# %% ../../nbs/lab/23_reference.ipynb #4434f495
+# %% ../../nbs/lab/23_reference.ipynb #9ab5be12
 def _without_paths(text, notebook):
     "The text of a notebook, with folders of the machine shortened to their names."
     for value in stated_parameters(notebook).values():
@@ -53,19 +53,24 @@ def _without_paths(text, notebook):
             text = text.replace(path, Path(path).name)
     return text
 
+def _cleaned(nb):
+    "A notebook without times and counters."
+    nb['metadata'].pop('papermill', None)
+    for cell in nb['cells']:
+        tags = cell['metadata'].get('tags')
+        cell['metadata'] = dict(tags=tags) if tags else {}
+        for part in (cell, *cell.get('outputs', [])):
+            if 'execution_count' in part: part['execution_count'] = None
+    return nb
+
 def copy_notebook(
     notebook: str | Path, # Executed by papermill
     target: str | Path, # The copy
 ) -> None:
-    "Copy an executed notebook without times, counters and paths of the machine. Needs the extra `dev`."
-    from execnb.nbio import read_nb, write_nb
-    from nbdev.clean import clean_nb
-    text = _without_paths(Path(notebook).read_text(), notebook)
-    with replacing(target) as file:
-        file.write_text(text)
-        nb = read_nb(file)
-        clean_nb(nb, allowed_cell_metadata_keys=['tags'])
-        write_nb(nb, file)
+    "Copy an executed notebook without times, counters and paths of the machine."
+    nb = json.loads(_without_paths(Path(notebook).read_text(), notebook))
+    text = json.dumps(_cleaned(nb), indent=1, ensure_ascii=False)
+    with replacing(target) as file: file.write_text(f'{text}\n')
 
 # %% ../../nbs/lab/23_reference.ipynb #53618643
 def _file_of(record):

@@ -6,8 +6,8 @@
 __all__ = ['NOTEBOOKS', 'check_numbers', 'options_of', 'runs_folder', 'planned', 'time_left', 'Progress', 'start_over',
            'regenerate', 'print_tables']
 
-# %% ../../nbs/lab/22_regenerate.ipynb #e5790434
-import inspect, io, json, shutil, sys, threading, time
+# %% ../../nbs/lab/22_regenerate.ipynb #554fe593
+import inspect, io, json, shutil, subprocess, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -163,7 +163,7 @@ class Progress:
                 thread.join()
                 bar.set_description_str(self.line())
 
-# %% ../../nbs/lab/22_regenerate.ipynb #8055c1e1
+# %% ../../nbs/lab/22_regenerate.ipynb #34fd8ab6
 NOTEBOOKS = {
     1: 'table1_mvtec', 2: 'table2_tilda', 3: 'table3_speed',
     4: 'table4_classifier', 5: 'table5_decoder'}
@@ -175,15 +175,15 @@ def _run_here(number, given):
 
 def _run_notebook(number, given, notebooks):
     "Run a table by its notebook. Raises `GridError` with the last line of what failed."
-    import papermill
     source = Path(notebooks)/f'{NOTEBOOKS[number]}.ipynb'
     out = Path(given['results'])/'notebooks'/source.name
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(
-            str(source), str(out), given, kernel_name='python3', progress_bar=False)
-    except papermill.PapermillExecutionError as e:
-        raise GridError(f'{out}: {e.ename}: {e.evalue}') from e
+    command = [sys.executable, '-m', 'papermill', str(source), str(out), '-k', 'python3',
+               '--no-progress-bar', '-y', json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f'ended with status {done.returncode}']
+        raise GridError(f'{out}: {said[-1]}')
 
 def _made(number, results):
     "A table as text and as JSON values, from what its folder has on record."

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MACHINES', 'measured_spread', 'pooled_sd', 'Cell', 'band', 'obstacle', 'Reproduction', 'find_reference',
            'compare_table', 'compare', 'reproduction_table', 'reproduction_plot', 'reproduction', 'run_as',
-           'spread_frame']
+           'spread_frame', 'measure_spread']
 
-# %% ../../nbs/lab/21_reproduction.ipynb #8c1fcc2e
-import json, math, os, subprocess, sys
+# %% ../../nbs/lab/21_reproduction.ipynb #913398e5
+import json, math, os, subprocess, sys, tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from ..config import Config, ConfigError, differences
 from .comparison import asked_columns, column_name, seed_values
-from .parameters import read_asked, run_table, table_records
+from ..data.files import replacing
+from .parameters import as_flag, read_asked, run_table, table_records
 from .published import published_table
 from .records import load_records, record_config, reference_folder
 from .tables import Markdown, markdown
@@ -349,7 +350,7 @@ def reproduction(
     folder = entry and find_reference(table, entry)
     return _compare_asked(table, entry, records, folder) if folder else []
 
-# %% ../../nbs/lab/21_reproduction.ipynb #ea51c668
+# %% ../../nbs/lab/21_reproduction.ipynb #f3ab0519
 def _limited(torch_set, other_set):
     "Environment of a process that uses fewer instructions."
     return dict(ATEN_CPU_CAPABILITY=torch_set, ONEDNN_MAX_CPU_ISA=other_set, DNNL_MAX_CPU_ISA=other_set)
@@ -372,8 +373,10 @@ def run_as(
 ) -> Path: # That folder
     "Run tables as another machine would. Raises `ConfigError` if that fails."
     environment, settings = MACHINES[machine]
-    folder = Path(results)/machine.replace(' ', '-')
-    asked = [(table, given | dict(settings=settings, results=str(folder))) for table, given in tables.items()]
+    folder = Path(results).resolve()/machine.replace(' ', '-')
+    asked = [
+        (table, given | dict(settings=given.get('settings', {}) | settings, results=str(folder)))
+        for table, given in tables.items()]
     code = 'from cse.lab.reproduction import _worker; _worker()'
     done = subprocess.run(
         [sys.executable, '-c', code], input=json.dumps(asked), text=True,
@@ -403,3 +406,28 @@ def spread_frame(
                 machines[table, method, category].append(values[0][0])
                 if number == 0: seeds[table, method, category] = [v for v, *_ in values.values()]
     return pd.DataFrame([*_deviations('machine', machines), *_deviations('seed', seeds)]).round(4)
+
+# %% ../../nbs/lab/21_reproduction.ipynb #5bd54dab
+_TABLES = {1: 'cse', 2: 'cse', 4: 'classifier', 5: 'all'} # number → methods
+_QUICK = dict(categories='wood', settings=dict(epochs=1, resize=64, crop=64))
+
+def measure_spread(
+    data: str = '', # Empty: built-in data
+    textures: str = '', # Empty: built-in
+    quick: bool = True, # One surface, one epoch, two seeds, two machines
+    results: str = '', # Empty: temporary
+) -> pd.DataFrame: # As `spread_frame` returns it; also in `spread.csv`
+    "Run Tables 1, 2, 4 and 5 as several machines would, and the first one with several seeds."
+    quick = as_flag(quick, 'quick')
+    results = results or tempfile.mkdtemp(prefix='cse-results-')
+    usual = dict(data=data, textures=textures) | (_QUICK if quick else {})
+    folders = []
+    for machine in list(MACHINES)[:2 if quick else None]:
+        seeds = 1 if folders else 2 if quick else 3
+        tables = {
+            table: usual | dict(methods=methods, seeds=seeds)
+            for table, methods in _TABLES.items() if table == 1 or not quick}
+        folders.append(run_as(machine, tables, results))
+    frame = spread_frame(folders)
+    with replacing(Path(results)/'spread.csv') as file: frame.to_csv(file, index=False)
+    return frame
