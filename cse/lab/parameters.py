@@ -18,9 +18,9 @@ from ..data.folders import categories as category_names
 from ..extensions.hybrid import HybridConfig
 from ..baselines.features import UnsuitableError
 from ..baselines.registry import BASELINES, baseline_config
-from .grid import grid
+from .grid import check_grid, grid
 from .records import is_timing, load_records, method_config, record_config
-from .runs import METHODS, NO_TEXTURES, check_results, data_name, variant
+from .runs import METHODS, NO_TEXTURES, data_name, variant
 
 # %% ../../nbs/lab/07_parameters.ipynb #04a7c16a
 def as_list(
@@ -354,14 +354,14 @@ def run_table(
     Raises `ConfigError` and `GridError`."""
     plan = plan_table(table, data, textures, profile, extractor, weights,
                       settings, categories, methods, seeds, device)
+    asked, again = plan.asked, as_flag(force, 'force')
     results = results or tempfile.mkdtemp(prefix='cse-results-')
-    check_results(results)
-    note_asked(results, table, **plan.asked)
+    runs = plan.config, data or None, asked['categories'], asked['methods'], asked['seeds']
+    check_grid(*runs, scheduler, results)
+    note_asked(results, table, **asked)
     found = grid(
-        plan.config, data or None, plan.asked['categories'],
-        plan.asked['methods'], plan.asked['seeds'],
-        scheduler=scheduler, textures=textures, table=table,
-        force=as_flag(force, 'force'), results=results)
+        *runs, scheduler=scheduler, textures=textures,
+        table=table, force=again, results=results)
     keys = {r['key'] for r in found}
     entry = read_asked(results)[table]
     others = table_records(load_records(results), table, entry)

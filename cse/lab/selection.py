@@ -66,7 +66,7 @@ def _of_cse(records, stated):
     seeds = as_seeds(stated['seeds'])
     found = {}
     for r in records:
-        is_here = source in (r['data']['name'], r['data']['published'])
+        is_here = r['data']['name'] == source or (stated['data'] and r['data']['published'])
         if r['method'] != 'cse' or not is_here or r['seed'] not in seeds: continue
         found[fingerprint(record_config(r)), r['category'], r['seed']] = r
     return found
