@@ -231,11 +231,11 @@ def _speed_categories(records):
     measured = any(r['metrics'].get('gpu_memory_mb') for r in records)
     return [c for c in _SPEED if c != 'GPU memory (MB)' or measured]
 
-def _categories(records, table):
-    "Columns of a comparison, and those over which the mean is taken."
+def _categories(records, table, asked=()):
+    "Columns of a comparison, those that were asked for included, and those of the mean."
     if table == 3: return _speed_categories(records), []
     paper = [c for c in published_table(table).rows if c != 'mean']
-    ours = {r['category'] for r in records}
+    ours = {r['category'] for r in records} | set(asked)
     extra = sorted(ours - set(paper))
     if is_comparable(records, table): return paper + extra, paper
     shown = [c for c in paper if c in ours] + extra
@@ -244,10 +244,11 @@ def _categories(records, table):
 def seed_values(
     records: list[dict], # Run records
     table: int, # Number of the table
+    asked: Iterable[str] = (), # Categories that a mean needs, on record or not
 ) -> dict: # (column, category) → seed → (value, low, high)
     "The values of each cell by seed; a mean where a seed has all categories."
     paper = published_table(table)
-    averaged = _categories(records, table)[1]
+    averaged = _categories(records, table, asked)[1]
     found = {}
     for column, some in grouped(records, lambda r: column_name(r, paper)).items():
         for r in some:
@@ -326,7 +327,7 @@ def _summary(values):
 def comparison(
     records: list[dict], # Run records
     table: int, # Number of the table
-    asked: Iterable[str] = (), # Columns to show although no run of them is on record
+    asked: dict | None = None, # Methods and categories that are shown, on record or not
 ) -> pd.DataFrame: # One row for each method and category
     """Our numbers beside the published ones, AUROC in percent.
 
@@ -334,11 +335,13 @@ def comparison(
     Raises `ReportError` for records that must not stand in one table."""
     check_records(records, table)
     paper = published_table(table)
-    found = seed_values(records, table)
+    places = (asked or {}).get('categories', ())
+    columns = asked_columns((asked or {}).get('methods', ()), table)
+    found = seed_values(records, table, places)
     comparable = is_comparable(records, table)
-    categories, averaged = _categories(records, table)
+    categories, averaged = _categories(records, table, places)
     rows = []
-    for method in _methods(found, paper, asked):
+    for method in _methods(found, paper, columns):
         for category in categories + ['mean'] * bool(averaged):
             values = list(found.get((method, category), {}).values())
             row = dict(method=method, category=category) | _summary(values)

@@ -42,7 +42,7 @@ def pooled_sd(
     variances = [np.var(values, ddof=1) for values in cells if len(values) > 1]
     return math.sqrt(np.mean(variances)) if variances else math.nan
 
-# %% ../../nbs/lab/21_reproduction.ipynb #3acbdbbe
+# %% ../../nbs/lab/21_reproduction.ipynb #76ad5db0
 @dataclass(frozen=True)
 class Cell:
     "Our value of a cell beside that of the reference."
@@ -65,7 +65,7 @@ class Cell:
     @property
     def reproduced(self) -> bool:
         "Is the difference within the band?"
-        return not self.note and self.apart <= self.band + 1e-9
+        return bool(not self.note and self.apart <= self.band + 1e-9)
 
 # %% ../../nbs/lab/21_reproduction.ipynb #8491e7e8
 def band(
@@ -112,7 +112,7 @@ def obstacle(
     if abs(area - ours['metrics']['auroc']) > 1e-9: return 'the AUROC does not follow from the scores'
     return ''
 
-# %% ../../nbs/lab/21_reproduction.ipynb #13704674
+# %% ../../nbs/lab/21_reproduction.ipynb #b9f21493
 def _spreads(reference, table, unknown):
     "Method → standard deviation between seeds; that of all methods where one has a single seed."
     cells = defaultdict(list)
@@ -131,7 +131,7 @@ def _least(records, categories):
 
 def _means(ours, reference, seeds):
     "Means of two cells over the seeds that both have, or over all."
-    return [np.mean([cell[s][0] for s in seeds or cell]) for cell in (ours, reference)]
+    return [float(np.mean([cell[s][0] for s in seeds or cell])) for cell in (ours, reference)]
 
 def _auroc_cells(ours, reference, table, spread):
     "Cells of Tables 1, 2, 4 and 5."

@@ -13,7 +13,7 @@ import matplotlib, matplotlib.pyplot as plt, pandas as pd
 from matplotlib.figure import Figure
 from ..data.files import replacing
 from .comparison import (
-    asked_columns, changed_settings, check_records, column_name,
+    changed_settings, check_records, column_name,
     comparison, grouped, is_comparable, value_at)
 from .parameters import read_asked
 from .plots import plot, plot_latency
@@ -81,7 +81,7 @@ def table_frame(
 ) -> pd.DataFrame: # Methods × categories
     "The comparison as it is printed; 'not run' where a run was asked for and is not on record."
     asked = asked or {}
-    frame = comparison(records, table, asked_columns(asked.get('methods', ()), table))
+    frame = comparison(records, table, asked)
     ran = set(frame.method[frame.seeds > 0])
     comparable = is_comparable(records, table)
     def cell(row):
