@@ -834,7 +834,8 @@ def test_results_on_stdout_and_progress_on_stderr(tmp_path):
     command = 'tables', 1, '--categories', 'wood', '--methods', 'mean_distance', '--results', tmp_path
     done = run(*command)
     assert done.exit_code == 0 and done.stdout.startswith('**Table 1')
-    assert '[1/1] mean_distance wood' in done.stderr and '[1/1]' not in done.stdout
+    assert '1 of 1 runs done' in done.stderr and 'runs done' not in done.stdout
+    assert done.stdout.rstrip().endswith('all: 1 of 1 cells reproduced')
     table, = json.loads(run(*command, '--json').stdout)['tables']
     row, = (r for r in table['rows'] if r['category'] == 'wood' and r['ours'] is not None)
     assert table['table'] == 1 and 'built-in' in table['caption'] and f"{row['ours']:.1f}" in done.stdout
@@ -851,11 +852,11 @@ def test_the_files_of_an_export_are_named(plain, tmp_path, monkeypatch):
 
 def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
     from cse.lab.grid import GridError
-    common = '--categories', 'wood', '--json', '--results', tmp_path
+    common = '--categories', 'wood', '--json', '--results', tmp_path / 'results'
     own = '--methods', 'mean_distance', '--tilda', 'nowhere'
     done = run('tables', 1, 2, *common, *own)
     assert done.exit_code == 2 and 'nowhere' in done.stderr
-    assert [t['table'] for t in json.loads(done.stdout)['tables']] == [1]
+    assert not (tmp_path / 'results/records').exists(), 'a wrong folder is told before the first run'
     asked = {}
 
     def fail(number, **given):
@@ -866,5 +867,5 @@ def test_several_tables_keep_what_is_their_own(tmp_path, monkeypatch):
     done = run('tables', 1, 2, *common)
     assert done.exit_code == 1 and json.loads(done.stdout) == dict(tables=[], failed=[1, 2])
     assert [asked[n]['categories'] for n in (1, 2)] == ['wood', '']
-    run('tables', 2, '--categories', 'textile1', '--results', tmp_path)
+    run('tables', 2, '--categories', 'textile1', '--results', tmp_path / 'results')
     assert asked[2]['categories'] == 'textile1'

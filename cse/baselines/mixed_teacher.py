@@ -293,6 +293,7 @@ class MixedTeacher(PublishedMethod):
         max_lr_factor=10.0,
         cycle_momentum=True,
         weight_decay=0.0,
+        loss_reduction='sum',
         embedder_batchnorm='frozen',
         checkpoint='last',
     )
