@@ -10,7 +10,7 @@ import hashlib, logging
 from pathlib import Path
 import torch
 from ..config import Config
-from .images import DataError, Images, ImageSource, is_hidden
+from .images import DataError, Images, ImageSource, as_images, is_hidden
 
 # %% ../../nbs/data/08_good_images.ipynb #7b1868cc
 def _good_inside(folder: Path) -> Path | None:
@@ -26,7 +26,7 @@ def good_images(
     config: Config, # How they are prepared
 ) -> Images: # Prepared
     "Images to learn from. Raises `DataError` for a folder that holds defective ones as well."
-    found = images if isinstance(images, Images) else Images(images, config)
+    found = as_images(images, config)
     folder = Path(images) if isinstance(images, (str, Path)) else None
     if folder and folder.is_dir() and (good := _good_inside(folder)):
         raise DataError(f'{folder}: holds more than defect-free images; expected {good}')
