@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .deploy.options import (
-    FABRIC, Alpha, Data, Device, Extractor, HeldOut, Json, Method, Methods, Model, Profile, Quiet,
-    Scheduler, Settings, Tables, Textures, Tilda, Weights, Where,
+    Alpha, Bits, Data, Device, Extractor, Fitted, Good, HeldOut, Json, Labelled, Method, Methods, Model,
+    Profile, Quiet, Scheduler, Settings, Tables, Textures, Tilda, Weights, Where,
     errors, note, path_argument, path_option, settings_from, stop)
 
 # %% ../nbs/11_cli.ipynb #171d5b2b
@@ -22,11 +22,11 @@ app = typer.Typer(
          'fit on good images, find defects.')
 
 # %% ../nbs/11_cli.ipynb #4190620b
-def _load(model, device, weights=''):
+def _load(model, device, weights='', bits=0):
     "A saved detector."
     from cse.deploy.saving import load
-    moved = dict(weights=weights) if weights else {}
-    detector = load(model, device=device, **moved)
+    other = {k: v for k, v in dict(weights=weights, bits=bits).items() if v}
+    detector = load(model, device=device, **other)
     if detector.interrupted: note(f'{model}: its training was interrupted before it was over')
     return detector
 
@@ -53,18 +53,15 @@ def _tell(detector, folder, as_json):
 # %% ../nbs/11_cli.ipynb #12656258
 @app.command()
 def fit(
-    folder: Annotated[Path, path_argument(
-        'FOLDER', 'Folder of good images, searched with everything below it; '
-        f'or {FABRIC}, of which the training images are taken.')],
-    output: Annotated[Path, path_option(
-        '--output', '-o',
-        help='Folder for the detector. An interrupted training in it is taken up again.')],
+    folder: Good,
+    output: Fitted,
     method: Method = 'cse',
     profile: Profile = 'smoke',
     textures: Textures = None,
     extractor: Extractor = '',
     weights: Weights = '',
     held_out: HeldOut = 0.2,
+    bits: Bits = 0,
     seed: Annotated[int, typer.Option(help='Seed of everything random.')] = 0,
     device: Device = 'auto',
     set: Settings = None,
@@ -78,7 +75,7 @@ def fit(
     with errors('interrupted; what was finished is kept'):
         from cse.deploy.inspection import is_fabric, read_category
         from cse.deploy.saving import new_detector
-        settings = settings_from(set, extractor=extractor, weights=weights, device=device)
+        settings = settings_from(set, extractor=extractor, weights=weights, device=device, bits=bits)
         detector = new_detector(method, profile, textures, seed, **settings)
         _warn_replaced(output)
         images = read_category(folder, detector.config).train if is_fabric(folder) else folder
@@ -95,6 +92,7 @@ def calibrate(
     folder: Annotated[Path, path_argument('FOLDER', 'Folder of good images that took no part in fitting.')],
     output: Annotated[Optional[Path], path_option(
         '--output', '-o', help='Folder for the calibrated detector; MODEL itself if not given.')] = None,
+    bits: Bits = 0,
     weights: Where = '',
     device: Device = 'auto',
     quiet: Quiet = False,
@@ -108,14 +106,14 @@ def calibrate(
     with errors('interrupted; the detector is as it was'):
         from cse.data.files import check_writable
         from cse.deploy.inspection import check_calibrated
-        detector, target = _load(model, device, weights), output or model
+        detector, target = _load(model, device, weights, bits), output or model
         check_calibrated(detector)
         stored = json.loads((model/'model.json').read_text())['config']
         check_writable(target)
         _warn_replaced(output)
         detector.calibrate(folder, progress=not quiet)
-        own = {name: stored[name] for name in ('device', 'weights')} # those of this call are not kept
-        detector.config = detector.config.replace(**own)
+        own = dict(device=stored['device'], weights=stored['weights'], bits=stored.get('bits', 0))
+        detector.config = detector.config.replace(**own) # not those of this call
         detector.save(target)
         _tell(detector, target, as_json)
 
@@ -142,6 +140,7 @@ def score(
         help='Folder for pictures of the anomaly maps. The strongest colour is the highest value '
              'among the images of this call.')] = None,
     alpha: Alpha = 0.05,
+    bits: Bits = 0,
     weights: Where = '',
     device: Device = 'auto',
     quiet: Quiet = False,
@@ -155,7 +154,7 @@ def score(
         from cse.deploy.inspection import (
             calibration_of, check_outputs, images_to_score, save_overlays, save_rows, score_rows)
         check_outputs(model, folder, csv_file, overlays)
-        detector = _load(model, device, weights)
+        detector = _load(model, device, weights, bits)
         allowed = _allowed(detector, alpha, context)
         images = images_to_score(folder, detector.config, csv_file, overlays)
         scores = detector.score(images, progress=not quiet)
@@ -173,10 +172,9 @@ def score(
 def evaluate(
     context: typer.Context,
     model: Model,
-    category: Annotated[Path, path_argument(
-        'CATEGORY', 'Folder of a category in MVTec layout, with train/good, test/good and '
-        f'test/<defect>; or {FABRIC}.')],
+    category: Labelled,
     alpha: Alpha = 0.05,
+    bits: Bits = 0,
     weights: Where = '',
     device: Device = 'auto',
     quiet: Quiet = False,
@@ -190,7 +188,7 @@ def evaluate(
         from cse.deploy.inspection import (
             check_category, evaluation, evaluation_notes, listing, read_category)
         check_category(category)
-        detector = _load(model, device, weights)
+        detector = _load(model, device, weights, bits)
         found = read_category(category, detector.config)
         allowed = _allowed(detector, alpha, context)
         figures = evaluation(detector, found, allowed, progress=not quiet)

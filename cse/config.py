@@ -115,8 +115,7 @@ class CodeSettings:
 TILDA_FABRICS = 'c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3'
 
 def _seed(of: str):
-    doc = f'Seed of {of}; -1 is the seed of the run'
-    return setting(-1, doc, low=-1, optional=True)
+    return setting(-1, f'Seed of {of}; -1 is the seed of the run', low=-1, optional=True)
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -127,6 +126,9 @@ class RunSettings:
     resize_mode: str = setting(
         'square', 'Squeeze to a square, or resize the shorter side and keep the shape',
         ('square', 'shorter'))
+    bits: int = setting(
+        0, 'Bits that a camera uses of grey values stored in 16 or 32; 0: all 16',
+        low=0, high=24, optional=True)
     grey_textures: bool = setting(
         False, 'Turn pasted textures grey, so that colour does not betray them on grey surfaces')
     tilda_types: str = setting(
@@ -147,8 +149,7 @@ class RunSettings:
     device: str = setting(
         'auto', "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'", runtime=True)
     engine: str = setting(
-        'auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'),
-        runtime=True)
+        'auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'), runtime=True)
     workers: int = setting(
         2, 'Threads that read images', low=1, high=256, runtime=True)
     cache_mb: int = setting(

@@ -17,7 +17,7 @@ from ..config import Config, ConfigError
 from ..data.builtin import TEXTILES, VERSION, builtin_surfaces
 from ..data.files import check_writable
 from ..data.folders import Category, category_fingerprint, files_fingerprint
-from ..data.folders import load_category, published_name, read_masks
+from ..data.folders import load_category, prepare_masks, published_name, read_masks
 from ..data.images import DataError, Images, image_files
 from ..detector import CSE, Detector
 from ..classifier import ClassifierDetector
@@ -161,7 +161,9 @@ def _measure(category, scores, config):
         aupro=None)
     if not category.masks or scores.coarse is None:
         return metrics
-    masks, maps = read_masks(category, config), scores.map
+    (masks, _), maps = prepare_masks(category, config), scores.map # what is to be told is told already
+    if not masks.any():
+        return metrics
     return metrics | dict(
         pixel_auroc=float(pixel_auroc(masks, maps)),
         aupro=float(aupro(masks, maps)))
