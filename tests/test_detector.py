@@ -556,7 +556,7 @@ def pretend_export(monkeypatch, detector, factors=(1, 1)):
 
     def scored(path, images):
         assert path.exists()
-        found = detector.score(images)
+        found = detector.score(Images(images, detector.config, prepared=True))
         return [factor * values for factor, values in zip(factors, (found.image, found.map))]
 
     monkeypatch.setattr('cse.deploy.export._openvino', lambda *args: write)
