@@ -117,8 +117,8 @@ class Detector(Estimator):
     ) -> Self:
         """Learn from defect-free images and synthetic defects (Figure 2).
 
-        Bad images, textures, weights and settings raise before training starts. Ctrl-C ends
-        training with the best weights so far."""
+        Images of every kind are resized and cropped, but for `Images(…, prepared=True)`. Bad images,
+        textures, weights and settings raise before training. Ctrl-C ends it with the best weights."""
         config, clock = self.config, Stopwatch()
         images = good_images(images, config)
         if folder and not hasattr(self, 'save'):

@@ -128,10 +128,12 @@ def test_images_of_the_size_of_the_crop_are_prepared_like_files(detector, tmp_pa
     array = np.random.default_rng(0).integers(256, size=(96, 96, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / 'small.png')
     by_file = Images(tmp_path, detector.config)[0]
-    for images in (array, Image.fromarray(array)):
+    tensor = torch.from_numpy(array).permute(2, 0, 1)[None]
+    for images in (array, Image.fromarray(array), tensor, tensor / 255):
         assert torch.equal(Images(images, detector.config)[0], by_file)
-    prepared = Images(by_file[None], detector.config)[0]
-    assert torch.equal(prepared, by_file)  # a tensor of that size is prepared already
+    prepared = Images(by_file[None], detector.config, prepared=True)
+    assert torch.equal(prepared[0], by_file)
+    assert detector.score(prepared).image == detector.score(array).image
 
 
 def test_grey_arrays_of_8_and_16_bits():
@@ -556,7 +558,7 @@ def pretend_export(monkeypatch, detector, factors=(1, 1)):
 
     def scored(path, images):
         assert path.exists()
-        found = detector.score(images)
+        found = detector.score(Images(images, detector.config, prepared=True))
         return [factor * values for factor, values in zip(factors, (found.image, found.map))]
 
     monkeypatch.setattr('cse.deploy.export._openvino', lambda *args: write)

@@ -50,7 +50,7 @@ class FeatureDetector(Detector):
         images: ImageSource, # Defect-free
         progress: bool = True, # Show bars
     ) -> Self:
-        "Fit on defect-free images. Raises for bad images or weights before it trains."
+        "Fit on defect-free images, as `CSE.fit`. Raises for bad images or weights before it trains."
         images, clock = good_images(images, self.config), Stopwatch()
         with clock('load'): extractor = FastExtractor.from_config(self.config)
         cache = FeatureCache(images, extractor, self.config, clock, progress)

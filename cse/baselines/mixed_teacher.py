@@ -331,7 +331,7 @@ class MixedTeacher(PublishedMethod):
     def _learn(self, cache, progress):
         config, seed = self.config, self.seed
         self.shallow = self._teacher()
-        images = Images(cache.images, config)
+        images = Images(cache.images, config, prepared=True)
         shallow = FeatureCache(images, self.shallow, config)
         targets = shallow.features + cache.features
         students = Students(self.shallow, self.extractor, seed)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 import torch
 from ..config import Config
-from .images import DataError, Images, ImageSource
+from .images import DataError, Images, ImageSource, as_images
 
 # %% ../../nbs/data/08_good_images.ipynb #7b1868cc
 _GOOD = set(
@@ -99,7 +99,7 @@ def good_images(
     config: Config, # How they are prepared
 ) -> Images: # Prepared
     "Images to learn from. Raises `DataError` for a folder that holds defective ones as well."
-    found = images if isinstance(images, Images) else Images(images, config)
+    found = as_images(images, config)
     folder = Path(images) if isinstance(images, (str, Path)) else None
     if folder and folder.is_dir():
         _check_good(folder, [Path(path).relative_to(folder) for path in found.paths])

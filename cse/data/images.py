@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'ImageSource', 'DataError', 'read_image', 'resize', 'resize_crop', 'is_hidden', 'existing_folder',
-           'files_below', 'image_files', 'as_image', 'Images']
+           'files_below', 'image_files', 'as_image', 'Images', 'as_images']
 
 # %% ../../nbs/data/01_images.ipynb #a0000002
 import logging, os, struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    BatchSampler, DataLoader, Dataset, IterableDataset,
+    RandomSampler, SubsetRandomSampler, WeightedRandomSampler,
+    default_collate, default_convert,
+)
 from ..config import Config, ConfigError
 
 # %% ../../nbs/data/01_images.ipynb #8da52373
@@ -323,6 +329,8 @@ def _check_values(image, name):
         )
 
 # %% ../../nbs/data/01_images.ipynb #d100000a
+_DECODING = Lock() # a PIL image that two threads decode at once is garbled
+
 def as_image(
     value: torch.Tensor | np.ndarray | Image.Image, # uint8, uint16 or floats in [0, 1]
     name: str = 'image', # How errors call it
@@ -332,14 +340,17 @@ def as_image(
 
     A tensor is 3×H×W or 1×H×W, an array H×W×3, H×W×1 or H×W. Raises `DataError`."""
     if isinstance(value, Image.Image):
-        if (count := _pictures(value, name)) > 1: _tell_pictures(name, count)
-        value = _to_rgb(value, name, bits)
+        with _DECODING:
+            count = _pictures(value, name)
+            value = _to_rgb(value, name, bits)
+        if count > 1: _tell_pictures(name, count)
     if isinstance(value, np.ndarray): value = _array_to_tensor(value, name, bits)
     if not isinstance(value, torch.Tensor):
         raise DataError(
             f'{name}: is a {type(value).__name__}; expected a tensor of shape 3×H×W, '
             'an array of shape H×W×3 or a PIL image'
         )
+    value = value.detach()
     _check_shape(value, name)
     if value.dtype == torch.uint8: value = value.float() / 255
     _check_values(value, name)
@@ -351,9 +362,9 @@ ImageSource = (
     | torch.Tensor # N×3×H×W or N×1×H×W
     | np.ndarray # H×W×3, N×H×W×3, N×H×W×1, or paths of files
     | Image.Image
-    | Sequence # Paths of files, or tensors, arrays and PIL images
-    | Dataset # Of images, or of tuples (image, …)
-    | DataLoader # Its dataset is read, in the order of the dataset
+    | Sequence # Paths of files, tensors, arrays and PIL images
+    | Dataset # Of such items, or of tuples that begin with one
+    | DataLoader # Its sampler, batches and collate function are obeyed
 )
 
 # %% ../../nbs/data/01_images.ipynb #d100000f
@@ -362,7 +373,7 @@ def _from_path(path):
 
 # %% ../../nbs/data/01_images.ipynb #d1000011
 def _from_array(array):
-    if array.dtype.kind in 'UO': return array.tolist() # paths
+    if array.dtype.kind in 'UOT': return np.atleast_1d(array).tolist() # paths
     if array.ndim < 3: return [array]
     if array.ndim > 3: return array
     if array.shape[0] in (1, 3) and array.shape[2] > 4:
@@ -378,43 +389,157 @@ def _from_tensor(tensor):
     raise DataError(f'tensor: has shape {tuple(tensor.shape)}; expected N×3×H×W')
 
 def _from_other(source):
-    if hasattr(source, '__len__') and hasattr(source, '__getitem__'): return source
+    kind = type(source).__name__
+    if isinstance(source, Mapping):
+        raise DataError(
+            f'images: got a {kind}; '
+            'expected a list, such as list(images.values())'
+        )
+    if hasattr(source, 'columns') and not isinstance(source, Dataset):
+        raise DataError(
+            f'images: got a {kind}; '
+            "expected one column, such as images['path']"
+        )
+    sized = hasattr(source, '__len__')
+    if sized and hasattr(source, '__getitem__'):
+        return source
     raise DataError(
-        f'images: got a {type(source).__name__}; expected a folder, a list of files, '
-        'an N×3×H×W tensor, arrays, PIL images or a Dataset'
+        f'images: got a {kind}; expected a folder, a list of files, '
+        'an N×3×H×W tensor, arrays, PIL images or a Dataset with a length'
     )
 
 # %% ../../nbs/data/01_images.ipynb #d1000014
+_PATH = str, os.PathLike
+
 def _as_sequence(source):
-    "Any `ImageSource` as a sequence of paths or of images. Raises `DataError`."
-    if isinstance(source, (str, Path)): return _from_path(source)
-    if isinstance(source, DataLoader): source = source.dataset
+    "Any `ImageSource` but a loader as a sequence of its items. Raises `DataError`."
+    if isinstance(source, _PATH): return _from_path(source)
     if hasattr(source, 'to_list'): source = source.to_list() # a column of pandas
     if isinstance(source, np.ndarray): source = _from_array(source)
     if isinstance(source, torch.Tensor): return _from_tensor(source)
     if isinstance(source, Image.Image): return [source]
     return _from_other(source)
 
-def _paths(images):
-    "The paths as strings if a list holds nothing else, or None."
-    if not isinstance(images, (list, tuple)): return None
-    if not all(isinstance(path, (str, Path)) for path in images): return None
-    return [str(path) for path in images]
+# %% ../../nbs/data/01_images.ipynb #4be1d0c2
+_SHUFFLES = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+def _batches(loader):
+    "Indices of each batch of a loader; what it shuffles is sorted."
+    if loader.batch_sampler is None: # no batches: items are given one by one
+        batches, sampler = [[i] for i in loader.sampler], loader.sampler
+    else:
+        batches = [list(batch) for batch in loader.batch_sampler]
+        sampler = getattr(loader.batch_sampler, 'sampler', None)
+    if not isinstance(sampler, _SHUFFLES): return batches
+    indices = iter(sorted(i for batch in batches for i in batch))
+    return [list(islice(indices, len(batch))) for batch in batches]
+
+def _runs_itself(loader):
+    "Whether only the loader knows which images it gives, and in what order."
+    changed = type(loader).__iter__ is not DataLoader.__iter__
+    return changed or isinstance(loader.dataset, IterableDataset)
+
+def _is_plain(loader):
+    "Whether a loader gives the items of its dataset as they are."
+    if loader.worker_init_fn or _runs_itself(loader): return False
+    if isinstance(loader.sampler, BatchSampler): return False
+    return loader.collate_fn in (default_collate, default_convert)
+
+# %% ../../nbs/data/01_images.ipynb #4be1d0c5
+def _is_item(value):
+    "Whether it is an image, a path, None, or a tuple that begins with one."
+    if isinstance(value, tuple) and value: value = value[0]
+    known = value is None or isinstance(value, (Image.Image, *_PATH))
+    return known or getattr(value, 'ndim', 0) in (2, 3)
+
+def _items(batch, single):
+    "The images of a batch, or the only one."
+    is_list = isinstance(batch, (tuple, list)) and len(batch)
+    first = batch[0] if is_list else batch
+    if getattr(first, 'ndim', 0) == 4: return first
+    if single: return [batch]
+    if isinstance(batch, list) and all(map(_is_item, batch)): return batch
+    raise DataError(
+        f'loader: its batch is a {type(batch).__name__}; expected N×3×H×W, '
+        'a tuple that begins with it, or a list of images'
+    )
+
+def _sorted_loader(loader):
+    "The same loader without its shuffle."
+    batches = _batches(loader)
+    order = dict(batch_sampler=batches)
+    if loader.batch_sampler is None:
+        order = dict(batch_size=None, sampler=[i for i, in batches])
+    return DataLoader(
+        loader.dataset, **order,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+def _from_loader(loader):
+    "The images of a loader, one after the other."
+    if not _runs_itself(loader): loader = _sorted_loader(loader)
+    for batch in loader:
+        yield from _items(batch, single=loader.batch_sampler is None)
+
+def _stream(source):
+    "The images of what can only be read in its own order, or None."
+    if isinstance(source, IterableDataset): return source
+    if isinstance(source, DataLoader): return _from_loader(source)
 
 # %% ../../nbs/data/01_images.ipynb #d1000016
-def _read_ahead(read, count, size, workers):
-    "Batches of `read(0)`, `read(1)`, … in order, read in threads."
+def _read_ahead(item, read, count, size, workers):
+    "Batches of `read(0, item(0))`, … in order; `read` runs in threads."
     indices = iter(range(count))
+    def submit(n):
+        return [pool.submit(read, i, item(i)) for i in islice(indices, n)]
     with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(read, i) for i in islice(indices, 2 * size)]
+        ahead = submit(2 * size)
         try:
             while ahead:
                 batch = [future.result() for future in ahead[:size]]
-                ahead = ahead[size:]
-                ahead += [pool.submit(read, i) for i in islice(indices, size)]
+                ahead = ahead[size:] + submit(size)
                 yield torch.stack(batch)
         finally:
             for future in ahead: future.cancel()
+
+# %% ../../nbs/data/01_images.ipynb #4be1d0c7
+def _unreadable(name, error):
+    "What is told of an image that another library or a Dataset cannot give."
+    if isinstance(error, DataError): return error
+    why, lines = type(error).__name__, str(error).strip().splitlines()
+    if lines: why = f'{why}: {lines[-1].removeprefix(f"{why}: ")}'
+    return DataError(f'{name}: cannot be read ({why}); expected an image')
+
+def _prepared(value, name, config, prepared, read):
+    "An item of a source as a 3×crop×crop image."
+    if isinstance(value, Exception): raise value
+    if isinstance(value, (tuple, list)): value = value[0]
+    is_path, crop = isinstance(value, _PATH), config.crop
+    image = read(value) if is_path else as_image(value, name, config.bits)
+    if is_path: name = value
+    if not prepared: return resize_crop(image, config, name)
+    height, width = image.shape[-2:]
+    if height == width == crop: return image.contiguous()
+    raise DataError(
+        f'{name}: is {width}×{height} pixels; '
+        f'expected {crop}×{crop}, as prepared images have'
+    )
+
+def _read_once(stream, prepare):
+    "Prepared images of a stream, with an error in place of a wrong one."
+    kept = []
+    try:
+        for item in stream:
+            try: kept.append(prepare(item, f'image {len(kept)}'))
+            except DataError as e: kept.append(e)
+    except DataError: raise
+    except Exception as e:
+        raise _unreadable(f'image {len(kept)} or later', e) from e
+    return kept
 
 # %% ../../nbs/data/01_images.ipynb #51b87fef
 class Images:
@@ -423,27 +548,46 @@ class Images:
         self,
         source: ImageSource, # A folder, files, or images in memory
         config: Config, # How the images are prepared
+        prepared: bool = False, # Of the size of the crop, taken as they are
     ):
-        self.config = config
-        self.source = _as_sequence(source)
-        self.paths = _paths(self.source) # None for images in memory
+        self.config, self.prepared = config, prepared
         self._told = False # that a file holds several pictures
-        if len(self.source) == 0:
-            raise DataError('images: got none; expected at least one')
+        if isinstance(source, DataLoader) and _is_plain(source):
+            indices = [i for batch in _batches(source) for i in batch]
+            self.source = source.dataset
+        else:
+            stream = _stream(source)
+            if stream is not None:
+                source, self.prepared = _read_once(stream, self._prepare), True
+            self.source = _as_sequence(source)
+            indices = range(len(self.source))
+        self._choose(indices)
 
-    def __len__(self): return len(self.source)
+    def _choose(self, indices):
+        "Take the items with these indices; `paths` is None if some are no paths."
+        if not len(indices):
+            raise DataError('images: got none; expected at least one')
+        self.indices, source = indices, self.source
+        self.paths = None
+        if not isinstance(source, (list, tuple)): return
+        if all(isinstance(path, _PATH) for path in source):
+            self.paths = [str(source[i]) for i in indices]
+
+    def _prepare(self, item, name):
+        try: return _prepared(item, name, self.config, self.prepared, self._read)
+        except DataError: raise
+        except Exception as e: raise _unreadable(name, e) from e
+
+    def _item(self, i):
+        "An item of the source, or the error that it raises."
+        index = self.indices[i]
+        try: return self.source[index]
+        except Exception as e: return _unreadable(f'image {index}', e)
+
+    def __len__(self): return len(self.indices)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        if self.paths:
-            path = self.paths[i]
-            return resize_crop(self._read(path), self.config, path)
-        value, name = self.source[i], f'image {i}'
-        if isinstance(value, (tuple, list)): value = value[0]
-        image = as_image(value, name, self.config.bits)
-        crop = self.config.crop
-        if isinstance(value, torch.Tensor) and value.shape[-2:] == (crop, crop):
-            return image.contiguous()
-        return resize_crop(image, self.config, name)
+        return self._prepare(self._item(i), f'image {self.indices[i]}')
 
     def _read(self, path):
         values, pictures = _read_file(path, self.config.bits)
@@ -456,9 +600,10 @@ class Images:
         self,
         indices: Sequence[int], # Of the images to keep
     ) -> 'Images': # In the given order
-        "Some of the images."
-        items = self.paths or self.source
-        return Images([items[int(i)] for i in indices], self.config)
+        "Some of the images; none is read."
+        part = copy(self)
+        part._choose([self.indices[int(i)] for i in indices])
+        return part
 
     def batches(
         self,
@@ -471,20 +616,33 @@ class Images:
         An image that cannot be read raises `DataError`, or, with `errors`, becomes
         black. Raises `ConfigError` if `size` is below 1."""
         if size < 1: raise ConfigError(f'batch_size={size}: expected at least 1')
-        def read(i):
-            try: return self[i]
+        def read(i, item):
+            try: return self._prepare(item, f'image {self.indices[i]}')
             except DataError as e:
                 if errors is None: raise
                 errors[i] = e
                 return torch.zeros(3, self.config.crop, self.config.crop)
-        yield from _read_ahead(read, len(self), size, workers or self.config.workers)
+        workers = workers or self.config.workers
+        yield from _read_ahead(self._item, read, len(self), size, workers)
 
     def check(self) -> 'Images':
         "Read every image once. Raises `DataError` for the first that cannot be read."
-        indices = range(len(self))
-        if self.paths:
-            with ThreadPoolExecutor(self.config.workers) as pool:
-                list(pool.map(self.__getitem__, indices))
-        else:
-            for i in indices: self[i]
+        for _ in self.batches(): pass
         return self
+
+# %% ../../nbs/data/01_images.ipynb #4be1d0c9
+def as_images(
+    source: ImageSource | Images, # Of any kind
+    config: Config, # How the images are to be prepared
+) -> Images: # The same, if they are `Images` already
+    "Prepare images that are not. Raises `DataError` for `Images` of other settings."
+    if not isinstance(source, Images): return Images(source, config)
+    names = ('crop',) if source.prepared else ('resize', 'resize_mode', 'crop', 'bits')
+    for name in names:
+        found, expected = getattr(source.config, name), getattr(config, name)
+        if found == expected: continue
+        raise DataError(
+            f'images: are prepared with {name}={found}; '
+            f'expected {expected}'
+        )
+    return source

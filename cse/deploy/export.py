@@ -15,7 +15,7 @@ import numpy as np, torch
 from torch import nn
 from ..config import ConfigError
 from ..data.files import check_file
-from ..data.images import DataError
+from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
 from ..fast.engines import same_logging
@@ -165,7 +165,7 @@ def export(
     check_file(path)
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
-    expected = detector.score(example)
+    expected = detector.score(Images(example, detector.config, prepared=True))
     with (tempfile.TemporaryDirectory(dir=path.parent) as folder,
           warnings.catch_warnings(), same_logging()):
         warnings.simplefilter('ignore')

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from ..config import ConfigError
 from ..data.good_images import brightest, warn_if_nearly_black
-from ..data.images import DataError, Images, ImageSource
+from ..data.images import DataError, ImageSource, as_images
 from ..data.seeds import seeded
 from ..scoring import Scores
 from .engines import checked_openvino
@@ -65,16 +65,18 @@ class Scorer:
         return self._head(*self.extractor(images))
 
     def score(self,
-        images: ImageSource, # A folder, files, N×3×H×W in [0, 1], or a Dataset
+        images: ImageSource, # A folder, files, N×3×H×W in [0, 1], a Dataset, or `Images`
         progress: bool = False, # Show a bar
         batch_size: int = 16, # Images that pass together
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
         """Anomaly scores (§3.5). An image that cannot be read scores NaN and is named in a warning.
         Nearly black images are counted in one.
 
-        Raises `DataError` if none can be read."""
+        Images of every kind, tensors too, are resized and cropped alike. What is prepared already
+        is passed as `cse.data.images.Images(images, config, prepared=True)`. Raises `DataError`
+        if no image can be read."""
         self._ready()
-        images = images if isinstance(images, Images) else Images(images, self.config)
+        images = as_images(images, self.config)
         errors, collected, start, light = {}, None, 0, []
         bar = tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False)
         with bar:
