@@ -257,9 +257,10 @@ def compare_table(
     ours: list[dict], # Records
     reference: list[dict], # Records of the same table
     table: int, # Number in the paper
-    spread: Spread = Spread(), # What was measured for the reference
+    spread: Spread | None = None, # What was measured for the reference
 ) -> list[Cell]:
     "The cells that both have."
+    spread = spread or Spread()
     if table == 3: return _speed_cells(ours, reference)
     return _auroc_cells(ours, reference, table, spread)
 
