@@ -13,11 +13,12 @@ import typer
 from .deploy.options import (
     FABRIC, Alpha, Data, Device, Extractor, HeldOut, Json, Method, Methods, Model, Profile, Quiet,
     Scheduler, Settings, Tables, Textures, Tilda, Weights, Where,
-    errors, note, path_argument, path_option, settings_from, stop)
+    common, errors, note, path_argument, path_option, say, settings_from, stop)
 
 # %% ../nbs/11_cli.ipynb #171d5b2b
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    callback=common, context_settings=dict(help_option_names=['-h', '--help']),
     help='Surface anomaly detection with contrastively selected embedding: '
          'fit on good images, find defects.')
 
@@ -48,7 +49,7 @@ def _tell(detector, folder, as_json):
     "What a detector is, and where it was saved."
     from cse.deploy.inspection import fit_summary
     about = dict(model=str(folder)) | fit_summary(detector)
-    typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
+    say(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
 
 # %% ../nbs/11_cli.ipynb #12656258
 @app.command()
@@ -123,7 +124,7 @@ def calibrate(
 def _print_rows(rows, as_json, csv_file, **about):
     "Rows as one JSON object, or as CSV unless they go into a file."
     from cse.deploy.inspection import write_rows
-    if as_json: typer.echo(json.dumps(about | dict(images=rows)))
+    if as_json: say(json.dumps(about | dict(images=rows)))
     elif not csv_file: write_rows(rows, sys.stdout)
 
 def _stop_if(failed):
@@ -135,7 +136,7 @@ def _stop_if(failed):
 def score(
     context: typer.Context,
     model: Model,
-    folder: Annotated[Path, path_argument('FOLDER', 'An image, or a folder of images.')],
+    sources: Annotated[list[Path], path_argument('IMAGES', 'Images and folders of images.')],
     csv_file: Annotated[Optional[Path], path_option(
         '--csv', help='Write the lines to this file instead of standard output.')] = None,
     overlays: Annotated[Optional[Path], path_option(
@@ -154,10 +155,10 @@ def score(
     with errors('interrupted; no scores were written'):
         from cse.deploy.inspection import (
             calibration_of, check_outputs, images_to_score, save_overlays, save_rows, score_rows)
-        check_outputs(model, folder, csv_file, overlays)
+        check_outputs(model, sources, csv_file, overlays)
         detector = _load(model, device, weights)
         allowed = _allowed(detector, alpha, context)
-        images = images_to_score(folder, detector.config, csv_file, overlays)
+        images = images_to_score(sources, detector.config, csv_file, overlays)
         scores = detector.score(images, progress=not quiet)
         rows = score_rows(scores, calibration_of(detector), allowed)
         _print_rows(rows, as_json, csv_file, model=str(model), alpha=alpha)
@@ -165,7 +166,7 @@ def score(
     with errors('interrupted; the scores are written, some overlays are not'):
         if missing := sum(row['score'] is None for row in rows):
             failed.append(f'{missing} of {len(rows)} images could not be read')
-        if overlays: failed += save_overlays(images, scores, overlays, folder)
+        if overlays: failed += save_overlays(images, scores, overlays, sources)
         _stop_if(failed)
 
 # %% ../nbs/11_cli.ipynb #67f82e1b
@@ -195,7 +196,7 @@ def evaluate(
         allowed = _allowed(detector, alpha, context)
         figures = evaluation(detector, found, allowed, progress=not quiet)
         for sentence in evaluation_notes(figures, brief=quiet): note(sentence)
-        typer.echo(json.dumps(figures) if as_json else listing(figures))
+        say(json.dumps(figures) if as_json else listing(figures))
         if missing := figures.get('unreadable'):
             stop(f'{missing} of {missing + figures["images"]} images could not be read', 1)
 
@@ -222,7 +223,7 @@ def export_(
         written = export(_load(model, 'cpu', weights), output or beside, to)
         files = [written, written.with_suffix('.bin')] if to == 'openvino' else [written]
         about = dict(file=str(written), files=[str(f) for f in files], format=to)
-        typer.echo(json.dumps(about) if as_json else written)
+        say(json.dumps(about) if as_json else written)
 
 # %% ../nbs/11_cli.ipynb #0f61fab7
 def _run_tables(numbers, options, as_json) -> list[int]:
@@ -232,13 +233,13 @@ def _run_tables(numbers, options, as_json) -> list[int]:
     try:
         for number, text, table in regenerate_tables(numbers, options):
             if table is None:
-                typer.echo(f'error: table {number}: {text}', err=True)
+                print(f'error: table {number}: {text}', file=sys.stderr)
                 failed.append(number)
                 continue
-            if not as_json: typer.echo(text)
+            if not as_json: say(text)
             found.append(table)
     finally:
-        if as_json: typer.echo(json.dumps(dict(tables=found, failed=failed)))
+        if as_json: say(json.dumps(dict(tables=found, failed=failed)))
     return failed
 
 # %% ../nbs/11_cli.ipynb #e7c1ac41
@@ -284,7 +285,7 @@ def audit(
         report = check(results)
         findings = [asdict(finding) for finding in report.findings]
         about = dict(counts=report.counts, findings=findings, unchecked=report.unchecked)
-        typer.echo(json.dumps(about, default=str) if as_json else report)
+        say(json.dumps(about, default=str) if as_json else report)
         if not report.ok: raise typer.Exit(1)
 
 # %% ../nbs/11_cli.ipynb #a04a997a
@@ -302,8 +303,8 @@ def show_config(
         from dataclasses import fields
         from cse.deploy.saving import new_detector
         config = new_detector(method, profile).config
-        if as_json: typer.echo(json.dumps(config.to_dict(), indent=1))
+        if as_json: say(json.dumps(config.to_dict(), indent=1))
         for f in () if as_json else fields(config):
             choices = f.metadata['choices']
             about = f.metadata['doc'] + (f' ({", ".join(map(str, choices))})' if choices else '')
-            typer.echo(f'{f.name} = {getattr(config, f.name)!r}  # {about}')
+            say(f'{f.name} = {getattr(config, f.name)!r}  # {about}')

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from ..config import ConfigError
-from ..data.files import check_file
+from ..data.files import check_file, existing_part
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
 from ..fast.engines import same_logging
@@ -80,7 +80,8 @@ def run_exported(
     images = np.asarray(images, np.float32)
     if Path(path).suffix == '.onnx':
         import onnxruntime
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        network = Path(path).read_bytes() # its name may be no text
+        session = onnxruntime.InferenceSession(network, providers=['CPUExecutionProvider'])
         return tuple(session.run(['score', 'map'], {'image': images}))
     import openvino as ov
     network = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
@@ -152,12 +153,13 @@ def export(
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
     expected = detector.score(example)
-    with (tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    with (tempfile.TemporaryDirectory(dir=existing_part(path.parent)) as folder,
           warnings.catch_warnings(), same_logging()):
         warnings.simplefilter('ignore')
         made = Path(folder)/path.name
         _write(detector, network, example, made, path, to)
         _compare(path, run_exported(made, example), expected)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(folder).iterdir()): # the .bin before the .xml that names it
             file.replace(path.parent/file.name)
     return path

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FABRIC', 'Model', 'Quiet', 'Json', 'Device', 'Profile', 'Method', 'Alpha', 'Where', 'Settings', 'Textures',
-           'Extractor', 'Weights', 'HeldOut', 'Tables', 'Methods', 'Data', 'Tilda', 'Scheduler', 'note', 'stop',
-           'errors', 'path_argument', 'path_option', 'settings_from']
+           'Extractor', 'Weights', 'HeldOut', 'Tables', 'Methods', 'Data', 'Tilda', 'Scheduler', 'say', 'note', 'stop',
+           'errors', 'common', 'path_argument', 'path_option', 'settings_from']
 
 # %% ../../nbs/deploy/04_options.ipynb #33025641
-import ast, json, sys
+import ast, codecs, json, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,33 +17,65 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 # %% ../../nbs/deploy/04_options.ipynb #103f3461
+def say(
+    text: object, # Whatever a command answers
+):
+    "A line on standard output."
+    print(text, flush=True)
+
 def note(
     message: object, # A sentence
 ):
     "A note on standard error."
-    typer.echo(f'note: {message}', err=True)
+    print(f'note: {message}', file=sys.stderr, flush=True)
 
 def stop(
     message: object, # A sentence, or an error
     status: int, # Exit status
 ) -> NoReturn:
     "End with a sentence on standard error. Raises `typer.Exit`."
-    typer.echo(f'error: {message}', err=True)
+    print(f'error: {message}', file=sys.stderr, flush=True)
     raise typer.Exit(status)
+
+def _escaped(error) -> tuple[str | bytes, int]:
+    "What stands for the first character that an encoding lacks, and where to go on."
+    character = error.object[error.start]
+    byte = ord(character) - 0xdc00 # of a file name that is no text
+    if 128 <= byte < 256 and error.encoding == sys.getfilesystemencoding():
+        return bytes([byte]), error.start + 1
+    return character.encode('ascii', 'backslashreplace').decode(), error.start + 1
+
+codecs.register_error('cse.escaped', _escaped)
 
 @contextmanager
 def errors(
     interrupted: str = 'interrupted', # What Ctrl-C is answered with
 ) -> Iterator[None]:
-    """Turn the errors of the library into a sentence and an exit status. File names that are no UTF-8 are
-    printed as they are."""
-    sys.stdout.reconfigure(errors='surrogateescape')
+    """Turn the errors of the library into a sentence and an exit status.
+
+    Characters that the encoding of standard output lacks are escaped; bytes of a file name that is
+    no text are printed as they are."""
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='cse.escaped')
     try: yield
     except KeyboardInterrupt: stop(interrupted, 130)
     except Exception as e:
         ours = type(e).__module__.startswith('cse.')
         if not ours and not isinstance(e, OSError): raise
         stop(e, 1 if type(e).__name__ == 'GridError' else 2)
+
+# %% ../../nbs/deploy/04_options.ipynb #7c1d0e55
+def _print_version(asked: bool):
+    if not asked: return
+    import cse
+    say(f'cse {cse.__version__}')
+    raise typer.Exit
+
+def common(
+    version: Annotated[bool, typer.Option(
+        '--version', callback=_print_version, is_eager=True, help='Print the version and exit.')] = False,
+):
+    "What stands before a command."
+
 
 # %% ../../nbs/deploy/04_options.ipynb #8ab04cef
 def _path(text) -> Path:

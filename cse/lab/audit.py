@@ -338,7 +338,7 @@ def _make_table(chosen, table, folder):
 def _shown_table(notebook):
     "The last Markdown that a notebook shows."
     shown = ['']
-    for cell in json.loads(Path(notebook).read_text())['cells']:
+    for cell in json.loads(Path(notebook).read_bytes())['cells']:
         for output in cell.get('outputs', []):
             if text := output.get('data', {}).get('text/markdown'):
                 shown.append(''.join(text))
@@ -365,7 +365,7 @@ def _table_files(folder):
     "Name → text of the tables in a folder of results."
     paths = Path(folder).glob('tables/table*')
     return {
-        p.name: p.read_text()
+        p.name: p.read_text(encoding='utf-8')
         for p in paths
         if p.suffix in ('.csv', '.md')
     }

@@ -13,7 +13,6 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
-from tqdm import tqdm
 from ..config import Config, ConfigError, digest
 from ..data.files import replacing
 from ..data.folders import load_category
@@ -22,7 +21,7 @@ from ..extractor import pick_device
 from .records import RecordError, read_record
 from .runs import check_results, identify, optional_sheet
 from .runs import resolve_data, run, variant
-from .scheduling import Outcome, Task, as_scheduler, run_tasks
+from .scheduling import Outcome, Task, as_scheduler, run_tasks, say
 
 # %% ../../nbs/lab/06_grid.ipynb #8cb448cc
 def _pixels(
@@ -206,7 +205,7 @@ def _show(outcome):
     if error and not isinstance(error, (ConfigError, DataError)):
         traceback.print_exception(error, file=sys.stderr)
     line = _failure(outcome) if error else _success(outcome)
-    tqdm.write(line, file=sys.stdout)
+    say(line)
 
 def _collect(outcomes, titles, progress):
     """Records in the order of their titles. Ctrl-C ends the rest.

@@ -29,6 +29,7 @@ from ..detector import CSE
 from .runs import METHODS
 from .records import RECORD_SCHEMA
 from .grid import GridError
+from .scheduling import say
 from .parameters import as_list
 from .parameters import as_seeds, as_settings, default_categories
 from .runs import make_method
@@ -435,7 +436,7 @@ def _time_all(todo, config, image, results, **kw):
         else:
             records.append(record)
             line = f'{title}: {_line(record, time.perf_counter() - start)}'
-        print(line, flush=True)
+        say(line)
     if failures:
         head = f'{len(failures)} of {len(todo)} measurements failed:'
         raise GridError('\n'.join([head, *failures]))

@@ -15,6 +15,7 @@ from ..data.folders import categories as category_names
 from ..extensions.hybrid import HybridConfig
 from ..baselines.features import UnsuitableError
 from .grid import grid
+from .scheduling import say
 from .runs import METHODS, variant
 
 # %% ../../nbs/lab/07_parameters.ipynb #04a7c16a
@@ -104,7 +105,7 @@ def suited(
     obstacles = {name: _obstacle(name, config) for name in names}
     for name, why in obstacles.items():
         if why:
-            print(f'{name}: not run, {why}')
+            say(f'{name}: not run, {why}')
     return [name for name, why in obstacles.items() if not why]
 
 # %% ../../nbs/lab/07_parameters.ipynb #33330395

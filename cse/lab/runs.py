@@ -71,7 +71,12 @@ def resolve_data(
     data: str | Path | None, # Folder of categories; None or '' for built-in data
     names: list[str], # Categories that are needed
 ) -> tuple[Path, str]: # Folder; name in tables
-    "Folder and name of the data."
+    "Folder and name of the data. Raises `DataError` for a category whose name is no text."
+    for name in map(str, names):
+        try: name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f'category={name!r}: is no text; expected a folder '
+                            'whose name a table can show') from None
     if data:
         return Path(data), Path(data).resolve().name
     textiles = set(names) <= set(TEXTILES)
