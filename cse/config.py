@@ -46,20 +46,17 @@ class PaperSettings:
     layers: tuple[int, ...] = setting(
         (3, 4), 'Feature maps that are used, finest first (`out_indices` of timm)')
     defect_probability: float = setting(
-        0.5, 'Probability that the second image of a pair is corrupted',
-        low=0, high=1)
+        0.5, 'Probability that the second image of a pair is corrupted', low=0, high=1)
     embedding_dim: int = setting(
         64, 'Channels of the embedding', low=1, high=4096)
     decoder: str = setting(
-        'random', 'Decoder during training (§5.2, Table 5)',
-        ('none', 'pretrained', 'joint', 'random'))
+        'random', 'Decoder during training (§5.2, Table 5)', ('none', 'pretrained', 'joint', 'random'))
     contrastive_weight: float = setting(10.0, 'λ of Eq. 6', low=0)
     epochs: int = setting(100, 'Passes over the training images', low=1)
     batch_size: int = setting(8, 'Pairs a step', low=1)
     lr: float = setting(4e-4, 'Learning rate of Adam', low=0)
     validation_share: float = setting(
-        0.3, 'Share of the defect-free images held out for the checkpoint',
-        low=0.01, high=0.9)
+        0.3, 'Share of the defect-free images held out for the checkpoint', low=0.01, high=0.9)
     clusters: int = setting(
         1, 'k of the k-means memory bank (§3.5)', low=1)
 
@@ -97,8 +94,7 @@ class CodeSettings:
         'fixed', 'Defects of the validation pairs: the same every epoch, or drawn anew',
         ('fixed', 'fresh'))
     checkpoint: str = setting(
-        'best', 'Weights that are kept: minimum validation loss, or the last epoch',
-        ('best', 'last'))
+        'best', 'Weights that are kept: minimum validation loss, or the last epoch', ('best', 'last'))
     prototype: str = setting(
         'centre', 'What stands for a cluster: its centre or the training sample nearest to it',
         ('centre', 'nearest'))
@@ -115,8 +111,7 @@ class CodeSettings:
 TILDA_FABRICS = 'c1r1', 'c1r3', 'c2r2', 'c2r3', 'c3r1', 'c3r3', 'c4r1', 'c4r3'
 
 def _seed(of: str):
-    doc = f'Seed of {of}; -1 is the seed of the run'
-    return setting(-1, doc, low=-1, optional=True)
+    return setting(-1, f'Seed of {of}; -1 is the seed of the run', low=-1, optional=True)
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -127,6 +122,8 @@ class RunSettings:
     resize_mode: str = setting(
         'square', 'Squeeze to a square, or resize the shorter side and keep the shape',
         ('square', 'shorter'))
+    bits: int = setting(
+        0, 'Bits in use of grey values of 16 or 32; 0: all 16', low=0, high=24, optional=True)
     grey_textures: bool = setting(
         False, 'Turn pasted textures grey, so that colour does not betray them on grey surfaces')
     tilda_types: str = setting(
@@ -147,8 +144,7 @@ class RunSettings:
     device: str = setting(
         'auto', "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'", runtime=True)
     engine: str = setting(
-        'auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'),
-        runtime=True)
+        'auto', 'What computes the frozen extractor', ('auto', 'torch', 'openvino'), runtime=True)
     workers: int = setting(
         2, 'Threads that read images', low=1, high=256, runtime=True)
     cache_mb: int = setting(

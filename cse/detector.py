@@ -16,7 +16,7 @@ from .config import Config, ConfigError, digest, fingerprint, from_profile
 from .data.images import DataError, ImageSource
 from .data.timing import Stopwatch
 from .data.files import check_writable
-from .data.good_images import good_images, images_hash, warn_if_nearly_black
+from .data.good_images import brightest, good_images, images_hash, warn_if_nearly_black
 from .data.model_files import ModelError, read_model, write_model
 from .data.textures import Textures
 from .model import Embedder
@@ -110,8 +110,8 @@ class Detector(Estimator):
     ) -> Self:
         """Learn from defect-free images and synthetic defects (Figure 2).
 
-        Bad images, textures, weights and settings raise before training starts. Ctrl-C ends
-        training with the best weights so far."""
+        Images of every kind are resized and cropped, but for `Images(…, prepared=True)`. Bad images,
+        textures, weights and settings raise before training. Ctrl-C ends it with the best weights."""
         config, clock = self.config, Stopwatch()
         images = good_images(images, config)
         if folder and not hasattr(self, 'save'):
@@ -124,7 +124,7 @@ class Detector(Estimator):
         check_maps(extractor, config, self.decodes)
         if folder: check_writable(folder)
         cache = FeatureCache(images, extractor, config, clock, progress)
-        warn_if_nearly_black(cache.images)
+        warn_if_nearly_black(brightest(cache.images), images.paths)
         self._forget(extractor, clock) # until here an earlier fit stands
         self.fitted_on = dict(images=len(images), sha256=images_hash(cache.images))
         key = self._key(defects) if folder else ''
@@ -219,10 +219,10 @@ class Saved(Detector):
     @classmethod
     def load(cls,
         folder: str | Path, # Where `save` wrote
-        **runtime, # Runtime settings that differ on this machine, or where the weights lie
+        **runtime, # Runtime settings of this machine, where the weights lie, or `bits` of other files
     ) -> Self: # A fitted detector
         "Read a saved detector. Raises `ModelError` for missing or damaged files, or another class."
-        allowed = [f.name for f in fields(Config) if f.metadata['runtime']] + ['weights']
+        allowed = [f.name for f in fields(Config) if f.metadata['runtime']] + ['weights', 'bits']
         for name in runtime.keys() - set(allowed):
             raise ConfigError(f'{name}={runtime[name]!r}: expected one of {", ".join(allowed)}')
         about, tensors = read_model(folder)

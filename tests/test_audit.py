@@ -2,32 +2,36 @@
 import functools
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from cse.lab.audit import audit, check_record, identity
-from cse.lab.selection import select, select_pairs, stated_parameters, table_notebooks
+from cse.lab.parameters import read_asked, table_records
+from cse.lab.records import load_records, reference_folder
+from cse.lab.selection import select_pairs, stated_parameters
 
-RESULTS = Path(__file__).parent.parent / 'results'
-NOTEBOOKS = {
-    3: 'table3_speed-built-in-smoke',
-    4: 'table4_classifier-surfaces-paper',
-    6: 'table6_text_against_code-surfaces-smoke'}
-FILES = {
-    3: 'tables/table3-*',
-    4: 'tables/table4-surfaces-paper*',
-    6: 'tables/table6-surfaces-smoke*'}
+FOLDERS = {
+    3: reference_folder() / 'built-in-smoke',
+    4: reference_folder() / 'surfaces-paper-tf_efficientnet_lite0',
+    6: reference_folder() / 'text-against-code-surfaces-smoke'}
 
 
-def load(pattern='*.json'):
-    "Committed records whose file name fits a pattern."
-    return [json.loads(p.read_text()) for p in (RESULTS / 'records').glob(pattern)]
+@functools.cache
+def load(table):
+    "The records of the reference that a table needs, by key."
+    records = load_records(FOLDERS[table])
+    if table == 6:
+        pairs, _ = select_pairs(records, stated(6))
+        records = [r for sides in pairs.values() for side in sides for r in side]
+    else:
+        records = table_records(records, table, read_asked(FOLDERS[table])[table])
+    return {r['key']: r for r in records}
 
 
 def stated(table):
-    "The parameters of the committed notebook of a table."
-    return stated_parameters(RESULTS / 'notebooks' / f'{NOTEBOOKS[table]}.ipynb')
+    "The parameters of the executed notebook of a table."
+    notebook, = (FOLDERS[table] / 'notebooks').glob(f'table{table}_*.ipynb')
+    return stated_parameters(notebook)
 
 
 def renamed(records, name):
@@ -35,24 +39,17 @@ def renamed(records, name):
     return [r | {'data': r['data'] | dict(name=name, published=name)} for r in records]
 
 
-@functools.cache
-def keys_of(table):
-    "Keys of the records of a table."
-    if table != 6:
-        return {r['key'] for r in select(load(), table, stated(table))[0]}
-    pairs, _ = select_pairs(load(), stated(table))
-    return {r['key'] for sides in pairs.values() for side in sides for r in side}
-
-
 def copy_table(table, tmp_path):
-    "A folder of results with one table and its records."
+    "A folder of results with one table and its records, one file each."
     for name in ('records', 'notebooks', 'tables'):
         (tmp_path / name).mkdir()
-    shutil.copy(RESULTS / 'notebooks' / f'{NOTEBOOKS[table]}.ipynb', tmp_path / 'notebooks')
-    for key in keys_of(table):
-        shutil.copy(RESULTS / 'records' / f'{key}.json', tmp_path / 'records')
-    for path in RESULTS.glob(FILES[table]):
-        shutil.copy(path, tmp_path / 'tables')
+    for key, record in load(table).items():
+        (tmp_path / 'records' / f'{key}.json').write_text(json.dumps(record, indent=1))
+    asked = {str(n): entry for n, entry in read_asked(FOLDERS[table]).items() if n == table}
+    (tmp_path / 'asked.json').write_text(json.dumps(asked))
+    for pattern in (f'notebooks/table{table}_*', f'tables/table{table}[.-]*'):
+        for path in FOLDERS[table].glob(pattern):
+            shutil.copy(path, tmp_path / pattern.split('/')[0])
     return tmp_path
 
 
@@ -119,7 +116,7 @@ def truncate(folder):
 
 def copy_csv(folder):
     tables = folder / 'tables'
-    shutil.copy(tables / 'table4-surfaces-paper.csv', tables / 'table4-elsewhere-paper.csv')
+    shutil.copy(tables / 'table4.csv', tables / 'table5.csv')
 
 
 def rewrite(pattern, old, new):
@@ -163,26 +160,30 @@ PLANTED = {  # what is done to a folder of results → a word of the finding
     'a copy with another key': (
         lambda f: copy_as(run_file(f), 'cse-copy.json', key='cse-copy'),
         'the same run again'),
-    'a missing record': (lambda f: run_file(f).unlink(), 'cse on fabric02 with seed 0'),
+    'a missing record': (lambda f: run_file(f).unlink(), 'CSE,fabric02'),
+    'runs of a cell that are missing': (
+        lambda f: [p.unlink() for p in (f / 'records').glob('cse-*fabric02*')],
+        'record: expected CSE on fabric02'),
     'a cell of a CSV': (
         rewrite('tables/table4*.csv', 'CSE,fabric02,,91.', 'CSE,fabric02,,97.'),
         'CSE,fabric02'),
     'a cell in Markdown': (
         rewrite('tables/table4*.md', '91.1 ±', '97.1 ±'),
-        'table4-surfaces-paper.md: line'),
+        'table4.md: line'),
     'a line of a caption': (
         rewrite('tables/table4*.md', '**not MVTec AD**', 'MVTec AD'),
-        'table4-surfaces-paper.md: line 1:'),
+        'table4.md: line 1:'),
     'a cell shown in a notebook': (
         rewrite('notebooks/table4*.ipynb', '91.1 ±', '97.1 ±'),
         'table shown'),
     'a missing table': (
-        lambda f: (f / 'tables/table4-surfaces-paper.csv').unlink(),
+        lambda f: (f / 'tables/table4.csv').unlink(),
         'the table that its notebook makes'),
     'a table without source': (copy_csv, 'an executed notebook'),
-    'parameters of a notebook': (
-        rewrite('notebooks/table4*.ipynb', 'seeds = 3', 'seeds = 2'),
-        'table4-surfaces-paper.csv'),
+    'seeds that were asked for': (
+        rewrite('asked.json', '"seeds": [0, 1, 2]', '"seeds": [0, 1]'),
+        'CSE,fabric02'),
+    'an environment': (in_run(put('environment.torch', '1.0')), 'name of the file'),
 }
 PLANTED_TIMINGS = {
     'a time': (in_timing(put('timing.model_ms.0', 1e6)), 'metrics.latency'),
@@ -241,14 +242,32 @@ def test_errors_planted_into_pairs_are_found(tmp_path):
 
 
 def test_a_run_is_named_by_what_it_holds():
-    for path in (RESULTS / 'records').glob('[!s]*.json'):
-        record, found = check_record(path)
-        assert found == [] and identity(record) == path.stem
+    for record in load_records(FOLDERS[4]):
+        assert check_record(json.dumps(record)) == (record, [])
+        assert identity(record) == record['key']
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda text: text.replace('"seed": 0', '"seed": 7', 1), 'key'),
+    (lambda text: text[:-300], 'JSONDecodeError'),
+    (lambda text: text + text.splitlines()[0] + '\n', 'the same run again')])
+def test_damage_in_a_file_of_many_records_is_found(tmp_path, damage, words):
+    (tmp_path / 'records').mkdir()
+    text = ''.join(json.dumps(r) + '\n' for r in load(4).values())
+    (tmp_path / 'records/table4.jsonl').write_text(damage(text))
+    assert words in str(audit(tmp_path))
+
+
+def test_a_damaged_archive_is_found(tmp_path):
+    packed = next(FOLDERS[4].glob('records/*.gz'))
+    (tmp_path / 'records').mkdir()
+    (tmp_path / 'records' / packed.name).write_bytes(packed.read_bytes()[:2000])
+    assert 'not readable' in str(audit(tmp_path)) or 'JSONDecodeError' in str(audit(tmp_path))
 
 
 def test_weights_from_a_file_are_identified_by_their_hash():
     "A record holds the name of such a file, the key its hash."
-    record = json.loads(run_file(RESULTS).read_text())
+    record = json.loads(json.dumps(next(r for r in load(4).values() if r['method'] == 'cse')))
     record['config']['weights'], before = 'net.pth', identity(record)
     record['extractor'] |= dict(weights='file', tag='net.pth', sha256='ab' * 32)
     assert identity(record) != before
@@ -258,17 +277,17 @@ def test_weights_from_a_file_are_identified_by_their_hash():
 
 
 def test_images_of_a_published_data_set_are_found_by_that_name():
-    records = load('c*-surfaces-*-paper-*.json')
-    mvtec = renamed(records, 'MVTec AD')
-    given = stated(4)
-    assert len(select(records, 4, given)[0]) == 24
-    assert len(select(mvtec, 4, given | dict(data='mvtec_ad'))[0]) == 24
-    assert len(select(records + mvtec, 4, given)[0]) == 24
-    assert select(records, 4, given | dict(data='elsewhere'))[0] == []
+    records = list(load(4).values())
+    entry = read_asked(FOLDERS[4])[4]
+    assert len(table_records(records, 4, entry)) == 24
+    assert len(table_records(renamed(records, 'MVTec AD'), 4, entry | dict(data='mvtec_ad'))) == 24
+    assert table_records(records, 4, entry | dict(data='elsewhere')) == []
+    for changed in (dict(settings={}), dict(textures='others'), dict(seeds=[7]), dict(profile='official')):
+        assert table_records(records, 4, entry | changed) == [], changed
 
 
 def test_pairs_are_in_the_order_of_the_notebook():
-    records = load('cse-surfaces-*-smoke-*.json')
+    records = list(load(6).values())
     given = stated(6) | dict(rows='prototype', categories='wood,fabric02', seeds='[1, 0]')
     pairs, missing = select_pairs(records, given)
     assert not missing
@@ -279,7 +298,7 @@ def test_pairs_are_in_the_order_of_the_notebook():
 
 
 def test_incomplete_pairs_are_named():
-    records = load('cse-surfaces-*-smoke-*.json')
+    records = list(load(6).values())
     lost = ('wood', 'nearest')
     kept = [r for r in records if (r['category'], r['config']['prototype']) != lost]
     pairs, missing = select_pairs(kept, stated(6) | dict(rows='prototype'))
@@ -289,17 +308,17 @@ def test_incomplete_pairs_are_named():
 
 
 def test_pairs_of_a_published_data_set_are_found_by_that_name():
-    records = renamed(load('cse-surfaces-*-smoke-*.json'), 'MVTec AD')
+    records = renamed(list(load(6).values()), 'MVTec AD')
     pairs, _ = select_pairs(records, stated(6) | dict(rows='prototype', data='mvtec_ad'))
     assert [len(side) for side in pairs['prototype']] == [12, 12]
 
 
 def test_a_folder_without_records_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='holds no records'):
+    with pytest.raises(ValueError, match='holds no records'):
         audit(tmp_path)
 
 
-def test_committed_results_fit():
-    report = audit(RESULTS)
-    assert len(table_notebooks(RESULTS)) > 4 and report.counts['files of tables rebuilt'] > 8
+def test_the_reference_fits():
+    report = audit(reference_folder())
+    assert report.counts['files of tables rebuilt'] >= 26
     assert report.ok, f'\n{report}'

@@ -51,8 +51,8 @@ def floats(root, part):
     path.unlink()
 
 
-def labels(root, part):
-    Image.open(root / 'gravel' / part).point(lambda v: v // 255).save(root / 'gravel' / part)
+def black(root, part):
+    Image.new('L', (256, 256)).save(root / 'gravel' / part)
 
 
 def no_images(root):
@@ -97,7 +97,7 @@ DAMAGE = {
     'missing mask': (lambda r: (r / 'gravel' / MASK).unlink(), ['no mask', '00.png', '00_mask.png']),
     'damaged mask': (lambda r: replace(r, MASK, b'no mask'), ['00_mask.png', 'not a readable image']),
     'mask of another size': (half_mask, ['bar/00_mask.png: is 128×256 pixels', 'test/bar/00.png']),
-    'mask of labels': (lambda r: labels(r, MASK), ['bar/00_mask.png: marks nothing', '0.0039', 'white']),
+    'black mask': (lambda r: black(r, MASK), ['bar/00_mask.png: marks nothing', 'value is 0', 'white']),
     'truncated training image': (lambda r: cut(r, TRAIN), UNREADABLE),
     'text as training image': (lambda r: replace(r, TRAIN, b'hello'), UNREADABLE),
     'empty training image': (lambda r: replace(r, TRAIN, b''), UNREADABLE),

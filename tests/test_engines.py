@@ -11,6 +11,7 @@ import torch
 import cse.extractor
 from cse import CSE, Config
 from cse.data.files import cache_folder
+from cse.data.images import Images
 from cse.fast.engines import EngineError, FastExtractor, compile_openvino
 
 LITE = dict(name='tf_efficientnet_lite0', weights='packaged')
@@ -18,6 +19,7 @@ LONG = bool(os.environ.get('ROBUSTNESS_KILLS'))  # `make robustness` tries more
 SMALL = dict(name='test_efficientnet', weights='random', layers=(0, 1))  # converted at once
 SETTINGS = dict(extractor='test_efficientnet', weights='random', resize=104, crop=96, epochs=1)
 IMAGES = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+PREPARED = Images(IMAGES, Config.smoke(**SETTINGS), prepared=True)
 
 
 @pytest.fixture
@@ -152,26 +154,26 @@ def test_compile_openvino_takes_several_inputs():
 
 
 def test_the_fused_network_scores_like_the_detector(fitted):
-    expected = fitted.score(IMAGES)
+    expected = fitted.score(PREPARED)
     with torch.inference_mode():
         scores, maps = fitted.fuse()(IMAGES)
         literal = fitted.bank.score(fitted.embedder(fitted.extractor(IMAGES))[1])
     assert np.allclose(scores, expected.image, rtol=1e-4)
     assert np.allclose(maps, expected.coarse, rtol=1e-3, atol=1e-5)
     assert np.allclose(literal, expected.image, rtol=1e-4)
-    compiled = fitted.compile().score(IMAGES)
+    compiled = fitted.compile().score(PREPARED)
     assert fitted._whole and np.allclose(compiled.image, expected.image, rtol=1e-4)
 
 
 def test_a_detector_that_cannot_be_compiled_scores_as_before(fitted, monkeypatch, caplog):
-    expected = fitted.score(IMAGES).image
+    expected = fitted.score(PREPARED).image
 
     def odd(*args):
         return lambda *x: [torch.full((len(x[0]),), 9.), torch.zeros(len(x[0]), 3, 3)]
 
     monkeypatch.setattr('cse.fast.engines.compile_openvino', odd)
     monkeypatch.setattr(fitted, '_whole', None)
-    assert np.allclose(fitted.compile().score(IMAGES).image, expected, rtol=1e-6)
+    assert np.allclose(fitted.compile().score(PREPARED).image, expected, rtol=1e-6)
     assert 'outputs differ' in caplog.text
     monkeypatch.setattr(fitted.extractor, 'exact', True)
     with pytest.raises(EngineError, match='outputs differ'):
@@ -182,8 +184,8 @@ def test_compiling_for_the_torch_engine(good, textures, monkeypatch):
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
     config = Config.smoke(**SETTINGS, engine='torch')
     detector = CSE(config, textures).fit(good, progress=False)
-    expected = detector.score(IMAGES)
-    found = detector.compile().score(IMAGES)
+    expected = detector.score(PREPARED)
+    found = detector.compile().score(PREPARED)
     assert isinstance(detector._head, torch._dynamo.OptimizedModule)
     assert np.allclose(found.image, expected.image, rtol=1e-5)
 

@@ -8,17 +8,16 @@ import re
 import shutil
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
-from cse.lab.selection import table_notebooks
-from cse.lab.records import load_records
+from cse.lab.parameters import read_asked
+from cse.lab.records import load_records, reference_folder
 from cse.lab.report_page import write_page
 from cse.lab.published import PUBLISHED
 
-RESULTS = Path(__file__).parent.parent / 'results'
-SCREENSHOTS = RESULTS / 'report/screenshots'
+REFERENCE = reference_folder()
+SCREENSHOTS = REFERENCE.parent / 'report/screenshots'
 CAMPAIGN = 'ROBUSTNESS_KILLS' in os.environ  # of `make robustness`
 COUNT = 600 if CAMPAIGN else 60
 
@@ -33,18 +32,22 @@ def sheet(path):
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    "The committed results, with a picture of one run of CSE."
+    "The reference, with a picture of one run of CSE."
     folder = tmp_path_factory.mktemp('report') / 'results'
-    for name in ('records', 'notebooks'):
-        shutil.copytree(RESULTS / name, folder / name)
+    shutil.copytree(REFERENCE, folder, ignore=shutil.ignore_patterns('notebooks', 'evidence', 'tables'))
     key = next(
         r['key']
-        for r in load_records(folder)
+        for r in load_records(folder / 'built-in-smoke')
         if r['key'].startswith('cse-built-in_surfaces-wood-smoke')
         and r['config']['decoder'] == 'random'
     )
-    sheet(folder / 'pictures' / f'{key}.webp')
+    sheet(folder / f'built-in-smoke/pictures/{key}.webp')
     return folder
+
+
+def all_records(results):
+    "Records of all folders, each once, by key."
+    return {r['key']: r for folder in sorted(results.glob('*/records')) for r in load_records(folder.parent)}
 
 
 @pytest.fixture(scope='module')
@@ -86,18 +89,20 @@ def test_the_page_loads_nothing(page):
 
 
 def test_every_run_and_table_is_there(results, page):
-    data, records = json.loads(payload(page)['data']), load_records(results)
-    assert {r['key'] for r in data['runs']} == {r['key'] for r in records}
-    for view, record in zip(data['runs'], records, strict=True):
+    data, records = json.loads(payload(page)['data']), all_records(results)
+    assert [r['key'] for r in data['runs']] == sorted(records)
+    for view in data['runs']:
+        record = records[view['key']]
         assert data['configs'][view['config']] == record['config']
         assert data['versions'][view['versions']] == record['versions']
     sections = [a for t, a in Elements(page.read_text()).found if t == 'section']
     assert {int(a['data-table']) for a in sections if 'data-table' in a} == set(PUBLISHED)
     assert {a['id'] for a in sections} == {
-        *(p.stem for p, table in table_notebooks(results).items() if table in PUBLISHED), 'runs'
+        *(f'table{n}-{f.parent.name}' for f in results.glob('*/asked.json') for n in read_asked(f.parent)),
+        'runs'
     }
     points = {k for t in data['tables'] for s in t['series'] for k in s['keys']}
-    assert points <= {r['key'] for r in records} and len(points) > 100
+    assert points <= records.keys() and len(points) > 100
 
 
 def test_numbers_on_other_images_are_labelled(page):
@@ -111,16 +116,19 @@ def test_numbers_on_other_images_are_labelled(page):
 
 
 def test_tables_without_runs_show_the_paper(tmp_path):
-    (tmp_path / 'records').mkdir()
+    source = REFERENCE / 'surfaces-official-tf_efficientnet_lite0'
+    for name in ('asked.json', 'records/table1.jsonl.gz'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source / name, tmp_path / name)
     text = write_page(tmp_path).read_text()
-    assert text.count('no runs yet') == 5 and text.count('not run') > 50 and 'paper 99.8' in text
+    assert text.count('no runs yet') == 4 and text.count('not run') > 50 and 'paper 99.8' in text
 
 
 def test_many_records_with_pictures(results, tmp_path):
-    records = [r for r in load_records(results) if 'timing' not in r]
+    records = [r for r in load_records(results / 'built-in-smoke') if 'timing' not in r]
     folder = tmp_path / 'results'
-    shutil.copytree(results / 'notebooks', folder / 'notebooks')
-    (folder / 'records').mkdir()
+    (folder / 'records').mkdir(parents=True)
+    shutil.copy(results / 'built-in-smoke/asked.json', folder)
     for i in range(COUNT):
         record = records[i % len(records)]
         if i >= len(records):
@@ -257,14 +265,15 @@ def test_tables_are_sorted(opened):
     search = opened.find_element('css selector', '#runs input[type=search]')
     search.send_keys('padim textile')
     rows = opened.find_elements('css selector', '#all tbody tr')
-    records = list((RESULTS / 'records').glob('padim-built-in_textiles-*'))
+    records = [r for r in load_records(REFERENCE / 'built-in-smoke')
+               if r['key'].startswith('padim-built-in_textiles-')]
     assert len(rows) == len(records) and all('PaDiM' in row.text for row in rows)
     opened.execute_script('document.querySelector("#runs").scrollIntoView()')
     shoot(opened, 'runs')
 
 
 def test_a_run_is_opened_and_closed(opened, results):
-    key = next((results / 'pictures').glob('*')).stem
+    key = next(results.glob('*/pictures/*')).stem
     open_run(opened, key)
     text = opened.find_element('id', 'detail').text
     for words in (
@@ -281,7 +290,7 @@ def test_a_run_is_opened_and_closed(opened, results):
     opened.find_element('css selector', 'section[data-table="1"] tbody td a').click()
     wait(opened, 'document.querySelector("dialog").open')
     assert 'No pictures' in opened.find_element('id', 'detail').text
-    timing = next(results.glob('records/speed-cse_fused*')).stem
+    timing = next(k for k in all_records(results) if k.startswith('speed-cse_fused'))
     opened.execute_script(f'location.hash = "run={timing}"')
     wait(opened, 'document.querySelectorAll("#calls .scatterlayer .point").length > 20')
     shoot(opened, 'timing')
@@ -293,7 +302,7 @@ def test_light_and_dark(opened, page):
     dark = colour(opened)
     assert light == 'rgb(255, 255, 255)' and max(map(int, re.findall(r'\d+', dark))) < 60
     shoot(opened, 'dark')
-    open_run(opened, next(page.parent.parent.glob('pictures/*')).stem)
+    open_run(opened, next(page.parent.parent.glob('*/pictures/*')).stem)
     shoot(opened, 'dark-run')
     opened.execute_cdp_cmd(
         'Emulation.setEmulatedMedia',

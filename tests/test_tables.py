@@ -61,11 +61,12 @@ def test_table1_from_a_folder(table1):
         assert record['config']['epochs'] == 1
         assert (record['data']['name'], record['data']['published']) == ('photographs', None)
     mean = 100 * sum(r['metrics']['auroc'] for r in records) / 2
-    words = 'photographs', 'smoke', 'tf_efficientnet_lite0', 'not run', 'gravel', 'epochs'
+    words = 'photographs', 'smoke', 'tf_efficientnet_lite0', 'gravel', 'epochs'
     for word in (f'{mean:.1f}', *words):
         assert word in table1.shown, f'{word} is not in the table or its caption'
     written = {p.suffix: p for p in (table1.results / 'tables').iterdir()}
     assert set(written) == {'.md', '.csv', '.svg'}
+    assert 'not run' not in table1.shown, 'what was not asked for is left out'
     assert f'{mean:.1f}' in written['.md'].read_text()
 
 
@@ -108,13 +109,10 @@ def test_table2_takes_a_release_of_tilda(textures, tmp_path):
     assert (data['train'], data['test_good'], data['test_defective']) == (4, 1, 35)
     good, defective, *_ = records[0]['images']
     assert good.startswith('test/good/c2r2e0n') and defective == 'test/E1/c2r2e1n1.tif'
-    again = run_table(
-        2,
-        str(release),
-        str(textures),
-        settings=SMALL | {'tilda_split_seed': 1},
-        results=str(tmp_path / 'results')
-    )
+    other = dict(textures=str(textures), settings=SMALL | {'tilda_split_seed': 1})
+    with pytest.raises(ConfigError, match='expected another folder of results'):
+        run_table(2, str(release), **other, results=str(tmp_path / 'results'))
+    again = run_table(2, str(release), **other, results=str(tmp_path / 'others'))
     assert again[0]['key'] != records[0]['key'], 'another split is another run'
 
 
@@ -160,6 +158,27 @@ def test_papermill_stops_at_an_unknown_parameter(tmp_path):
 def test_unknown_parameters_are_refused(notebook):
     with pytest.raises(ConfigError, match='epochs=3: no parameter of this notebook'):
         run_cells(notebook, epochs=3)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(force='perhaps'), 'force=.perhaps.: expected true or false'),
+    (dict(seeds='1.7'), 'seeds=.1.7.: expected a number of seeds'),
+    (dict(seeds=[1.7]), 'expected a number of seeds'),
+    (dict(seeds=-1), 'expected a number of seeds'),
+    (dict(seeds=True), 'expected a number of seeds')])
+def test_parameters_mean_what_they_say(tmp_path, change, words):
+    with pytest.raises(ConfigError, match=words):
+        run_table(1, categories='wood', methods='mean_distance', results=str(tmp_path), **change)
+    assert not list(tmp_path.glob('records/*'))
+
+
+def test_false_from_papermill_is_false(surface, tmp_path):
+    given = dict(data=str(surface), methods='mean_distance', settings=SMALL, results=str(tmp_path))
+    first, = run_table(1, **given)
+    again, = run_table(1, **given, force='false')
+    assert again == first
+    once_more, = run_table(1, **given, force='true')
+    assert once_more['time'] >= first['time'] and once_more['seconds'] != first['seconds']
 
 
 def test_parameters_files_are_known_to_the_notebooks():

@@ -27,16 +27,30 @@ from ..fast.cache import FeatureCache
 Maps = list[Tensor] # features: N×C×H×W a layer, finest first
 
 # %% ../../nbs/baselines/01_features.ipynb #6463ba00
+_COMMON = (
+    'profile', 'resize', 'crop', 'resize_mode',
+    'tilda_types', 'tilda_train_share', 'tilda_split_seed',
+    'extractor', 'weights', 'layers', 'precision', 'anomaly_map',
+    'device', 'engine', 'workers', 'cache_mb')
+
 class FeatureDetector(Detector):
     """A detector that learns from the features of defect-free images alone.
 
     Subclasses define `_learn(cache, progress)`, which returns a network from features to
     scores and maps."""
+    packages = () # optional packages that it needs
+    settings = {} # settings of `Config` in every profile
+
+    @classmethod
+    def used_settings(cls) -> tuple[str, ...]: # Names
+        "The settings of `Config` that concern the method."
+        return *_COMMON, *cls.settings
+
     def fit(self,
         images: ImageSource, # Defect-free
         progress: bool = True, # Show bars
     ) -> Self:
-        "Fit on defect-free images. Raises for bad images or weights before it trains."
+        "Fit on defect-free images, as `CSE.fit`. Raises for bad images or weights before it trains."
         images, clock = good_images(images, self.config), Stopwatch()
         with clock('load'): extractor = FastExtractor.from_config(self.config)
         cache = FeatureCache(images, extractor, self.config, clock, progress)
@@ -97,8 +111,6 @@ def _original_extractor(config, original):
 # %% ../../nbs/baselines/01_features.ipynb #f00617d9
 class PublishedMethod(FeatureDetector):
     "A published method with settings and parameters of its own."
-    packages = () # optional packages that it needs
-    settings = {} # settings of `Config` in every profile
     smoke = {} # further ones in the profile `smoke`
     published = {} # further ones in the original form
     parameters = {} # parameters that are no settings of `Config`

@@ -302,6 +302,7 @@ class MixedTeacher(PublishedMethod):
         max_lr_factor=10.0,
         cycle_momentum=True,
         weight_decay=0.0,
+        loss_reduction='sum',
         embedder_batchnorm='frozen',
         checkpoint='last',
     )
@@ -339,7 +340,7 @@ class MixedTeacher(PublishedMethod):
     def _learn(self, cache, progress):
         config, seed = self.config, self.seed
         self.shallow = self._teacher()
-        images = Images(cache.images, config)
+        images = Images(cache.images, config, prepared=True)
         shallow = FeatureCache(images, self.shallow, config)
         targets = shallow.features + cache.features
         students = Students(self.shallow, self.extractor, seed)

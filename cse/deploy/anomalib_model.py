@@ -20,7 +20,7 @@ from anomalib.models.components import AnomalibModule, DynamicBufferMixin
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from ..config import Config, ConfigError, from_profile
-from ..data.images import DataError
+from ..data.images import DataError, Images
 from ..detector import CSE
 from ..extractor import FeatureExtractor
 from ..fast.head import FastBank
@@ -316,6 +316,7 @@ class Cse(ImageCollector, AnomalibModule):
         trainer = self._trainer
         bar = trainer and trainer.progress_bar_callback
         detector = CSE(config, self.textures, self.seed)
+        images = Images(images, config, prepared=True)
         detector.fit(images, progress=bar is not None)
         self.model.take(detector)
         self.model.to(self.device)

@@ -15,6 +15,7 @@ import numpy as np, torch
 from torch import nn
 from ..config import ConfigError
 from ..data.files import check_file, existing_part
+from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
 from ..fast.engines import same_logging
@@ -48,7 +49,7 @@ def _about(detector):
     config, calibration = detector.config, getattr(detector, 'calibration', None)
     scores = calibration.scores.tolist() if calibration else None
     return dict(side=config.crop, resize=config.resize, resize_mode=config.resize_mode,
-                calibration=scores)
+                bits=config.bits, calibration=scores)
 
 def _onnx(network, example, about) -> Callable[[Path], None]:
     "Convert a network; the function that comes back writes it."
@@ -72,12 +73,25 @@ def _openvino(network, example, about) -> Callable[[Path], None]:
     return lambda path: ov.save_model(converted, path, compress_to_fp16=False)
 
 # %% ../../nbs/deploy/01_export.ipynb #1b31b26b
+def _in_range(images):
+    "Images as float32 in [0, 1]. Raises `DataError`."
+    if images.dtype == np.uint8: return images.astype(np.float32) / 255
+    if images.dtype.kind != 'f':
+        raise DataError(f'images: have type {images.dtype}; expected uint8 or floats in [0, 1]')
+    low, high = (images.min(), images.max()) if images.size else (0, 0)
+    if not (0 <= low and high <= 1):
+        raise DataError(f'images: hold values from {low:.3g} to {high:.3g}; '
+                        'expected [0, 1], or uint8')
+    return images.astype(np.float32)
+
 def run_exported(
     path: str | Path, # A file that `export` wrote
-    images: np.ndarray | torch.Tensor, # N×3×side×side in [0, 1]
+    images: np.ndarray | torch.Tensor, # N×3×side×side, floats in [0, 1] or uint8
 ) -> tuple[np.ndarray, np.ndarray]: # N scores; N×side×side maps
-    "Score images with an exported detector, without any of its code."
-    images = np.asarray(images, np.float32)
+    """Score images with an exported detector, without any of its code.
+
+    Raises `DataError` for values that are neither uint8 nor floats in [0, 1]."""
+    images = _in_range(np.asarray(images))
     if Path(path).suffix == '.onnx':
         import onnxruntime
         network = Path(path).read_bytes() # its name may be no text
@@ -152,7 +166,7 @@ def export(
     check_file(path)
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
-    expected = detector.score(example)
+    expected = detector.score(Images(example, detector.config, prepared=True))
     with (tempfile.TemporaryDirectory(dir=existing_part(path.parent)) as folder,
           warnings.catch_warnings(), same_logging()):
         warnings.simplefilter('ignore')

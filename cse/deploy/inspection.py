@@ -18,7 +18,8 @@ from ..config import Config, ConfigError
 from ..data.files import (
     check_file, check_writable, replacing)
 from ..data.folders import (
-    Category, load_category, read_masks)
+    MASK_NOTES, Category,
+    load_category, prepare_masks)
 from ..data.images import DataError, Images
 from ..scoring import Scores
 from ..metrics import (
@@ -265,9 +266,11 @@ def map_figures(
         map_cells='×'.join(map(str, cells)))
 
 def _masks(category, config: Config):
-    "Masks of a category, None where there are none, or no maps to compare them with."
-    if not category.masks or config.anomaly_map == 'none': return None
-    return read_masks(category, config)
+    """Masks of a category, None where there are none, or no maps to compare them with; numbers of masks
+    of which something is to be told."""
+    if not category.masks or config.anomaly_map == 'none': return None, {}
+    masks, told = prepare_masks(category, config)
+    return masks, {f'masks_{note}': len(paths) for note, paths in told.items()}
 
 def _known(detector, paths) -> int:
     "Number of images that took part in fitting or calibration."
@@ -280,7 +283,7 @@ def evaluation(
     progress: bool = False, # Show a bar
 ) -> dict: # Name → value; images that cannot be read are counted and left out
     "Every figure of a detector on labelled test images."
-    masks = _masks(category, detector.config) # read before the work is done
+    masks, told = _masks(category, detector.config) # read before the work is done
     scores = detector.score(category.test, progress)
     read = ~np.isnan(scores.image)
     labels, values = category.labels[read], scores.image[read]
@@ -291,7 +294,8 @@ def evaluation(
         figures |= decision_figures(
             calibration_of(detector),
             labels, values, alpha)
-    if masks is not None:
+    figures |= told
+    if masks is not None and masks[read].any():
         figures |= map_figures(
             masks[read], scores.map[read],
             scores.coarse.shape[1:])
@@ -309,6 +313,8 @@ def evaluation_notes(
             f'{figures["took_part"]} of the test images '
             'took part in fitting or calibration: '
             'the figures flatter')
+    for note, text in MASK_NOTES.items():
+        if count := figures.get(f'masks_{note}'): found.append(f'{text}: {count}')
     if brief: return found
     rate, most = (figures.get(f'false_positive_{name}', 0) for name in ('rate', 'high'))
     if rate > most:

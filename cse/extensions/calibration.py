@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 import numpy as np, torch
 from ..config import ConfigError
-from ..data.images import DataError, Images, ImageSource
+from ..data.images import DataError, ImageSource, as_images
 from ..data.good_images import (
     find_copies, good_images, image_hash, image_hashes, small_pictures)
 from ..data.seeds import seeded, split
@@ -185,7 +185,7 @@ class Calibrated(Decisions):
         held_out: float = 0, # Share of the images kept for a calibration, drawn by the seed
         folder: str | Path | None = None, # As for `CSE.fit`
     ) -> Self:
-        "Fit, and calibrate with held-out images. Raises as `CSE.fit`."
+        "Fit, and calibrate with held-out images. Takes images and raises as `CSE.fit`."
         images = good_images(images, self.config)
         fitted, kept = _hold_out(images, held_out, self.seed)
         if not kept: return super().fit(images, progress, folder)
@@ -239,7 +239,7 @@ class Calibrated(Decisions):
     ) -> np.ndarray: # N values, true for an image that took part in fitting or calibration
         "Which images the detector knows; false for those that cannot be read."
         self._ready()
-        images = images if isinstance(images, Images) else Images(images, self.config)
+        images = as_images(images, self.config)
         known = {h for hashes in self.seen.values() for h in hashes}
         if not known: return np.zeros(len(images), bool)
         return np.isin(image_hashes(images, errors={}), list(known))

@@ -12,7 +12,8 @@ import numpy as np, torch
 from torch import nn
 from tqdm import tqdm
 from ..config import ConfigError
-from ..data.images import DataError, Images, ImageSource
+from ..data.good_images import brightest, warn_if_nearly_black
+from ..data.images import DataError, ImageSource, as_images
 from ..data.seeds import seeded
 from ..scoring import Scores
 from .engines import checked_openvino
@@ -64,25 +65,30 @@ class Scorer:
         return self._head(*self.extractor(images))
 
     def score(self,
-        images: ImageSource, # A folder, files, N×3×H×W in [0, 1], or a Dataset
+        images: ImageSource, # A folder, files, N×3×H×W in [0, 1], a Dataset, or `Images`
         progress: bool = False, # Show a bar
         batch_size: int = 16, # Images that pass together
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
         """Anomaly scores (§3.5). An image that cannot be read scores NaN and is named in a warning.
+        Nearly black images are counted in one.
 
-        Raises `DataError` if none can be read."""
+        Images of every kind, tensors too, are resized and cropped alike. What is prepared already
+        is passed as `cse.data.images.Images(images, config, prepared=True)`. Raises `DataError`
+        if no image can be read."""
         self._ready()
-        images = images if isinstance(images, Images) else Images(images, self.config)
-        errors, collected, start = {}, None, 0
+        images = as_images(images, self.config)
+        errors, collected, start, light = {}, None, 0, []
         bar = tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False)
         with bar:
             for batch in images.batches(batch_size, errors=errors):
                 found = [t.cpu().numpy() for t in self.score_batch(batch)]
                 if collected is None: collected = self._reserve(len(images), found)
                 for store, values in zip(collected, found): store[start:start + len(batch)] = values
+                light.append(brightest(batch))
                 start += len(batch)
                 bar.update(len(batch))
         if errors: _without_unreadable(errors, collected, len(images))
+        warn_if_nearly_black(torch.cat(light), images.paths, errors)
         return Scores(*(collected + [None])[:2], self.config.crop, images.paths)
 
     def _reserve(self, count, found) -> list[np.ndarray]:

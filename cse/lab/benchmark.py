@@ -407,7 +407,9 @@ def _with_more_images(bench, sizes) -> dict[str, Curve]:
     images, seconds, detectors = bench.cache.images, [], []
     for n in sizes:
         start = time.perf_counter()
-        detectors.append(bench.fit(1, images[torch.arange(n) % len(images)].contiguous()))
+        some = images[torch.arange(n) % len(images)].contiguous()
+        some = Images(some, bench.config, prepared=True)
+        detectors.append(bench.fit(1, some))
         seconds.append(time.perf_counter() - start)
     latency = medians(
         *[partial(d.score_batch, bench.image) for d in detectors],

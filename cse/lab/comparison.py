@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['value_at', 'grouped', 'changed_settings', 'column_name', 'check_records', 'is_comparable', 'seed_values', 'mean_sd',
-           'comparison']
+           'asked_columns', 'comparison']
 
 # %% ../../nbs/lab/09_comparison.ipynb #dd46ee90
 import json, math, statistics
@@ -13,6 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 import pandas as pd
 from ..config import Config, ConfigError, differences, from_profile
+from .runs import NO_TEXTURES
+from ..baselines.registry import BASELINES, baseline_config
+from ..extensions.hybrid import HybridConfig
 from .records import method_config, record_config
 from .published import (
     PUBLISHED, Published, ReportError, published_frame, published_table)
@@ -54,10 +57,11 @@ def changed_settings(
 ) -> str: # 'epochs = 5 instead of 10, …'; empty where nothing differs
     "The settings of a run that differ from its profile, in words."
     try:
-        profile = method_config(
-            record['method'], from_profile(record['profile'])
-        )
-        changed = differences(profile, record_config(record))
+        usual = from_profile(record['profile'], HybridConfig)
+        if record['method'] in BASELINES:
+            usual = baseline_config(record['method'], usual)
+        usual = method_config(record['method'], usual)
+        changed = differences(usual, record_config(record))
     except ConfigError: return 'settings of its own'
     aside = _RUNTIME | set(without) | {paper.variant.removeprefix('config.')}
     return ', '.join(
@@ -103,10 +107,8 @@ _FIELDS = (
     'method', 'category', 'profile', 'config', 'seed',
     'data', 'extractor', 'metrics'
 )
-_SHARED = (
-    'data.name', 'data.published', 'profile',
-    'textures.name', 'textures.fingerprint'
-)
+_SHARED = 'data.name', 'data.published', 'profile'
+_SHARED_BY_CSE = 'textures.name', 'textures.fingerprint' # baselines have none
 _SHARED_BY_TIMINGS = (
     'device', 'threads', 'timing.repeats', 'timing.warmup', 'timing.batch'
 )
@@ -170,6 +172,8 @@ def check_records(
     for r in records: _check_complete(r)
     for path in _SHARED + (_SHARED_BY_TIMINGS if table == 3 else ()):
         _check_same(records, path, f'of table {table}')
+    pasting = [r for r in records if value_at(r, 'textures.name') != NO_TEXTURES['name']]
+    for path in _SHARED_BY_CSE: _check_same(pasting, path, f'of table {table}')
     for category, some in grouped(records, lambda r: r['category']).items():
         _check_same(some, 'data.fingerprint', f'on {category}')
     def method(r): return column_name(r, paper) if table == 3 else r['method']
@@ -227,11 +231,11 @@ def _speed_categories(records):
     measured = any(r['metrics'].get('gpu_memory_mb') for r in records)
     return [c for c in _SPEED if c != 'GPU memory (MB)' or measured]
 
-def _categories(records, table):
-    "Columns of a comparison, and those over which the mean is taken."
+def _categories(records, table, asked=()):
+    "Columns of a comparison, those that were asked for included, and those of the mean."
     if table == 3: return _speed_categories(records), []
     paper = [c for c in published_table(table).rows if c != 'mean']
-    ours = {r['category'] for r in records}
+    ours = {r['category'] for r in records} | set(asked)
     extra = sorted(ours - set(paper))
     if is_comparable(records, table): return paper + extra, paper
     shown = [c for c in paper if c in ours] + extra
@@ -240,10 +244,11 @@ def _categories(records, table):
 def seed_values(
     records: list[dict], # Run records
     table: int, # Number of the table
+    asked: Iterable[str] = (), # Categories that a mean needs, on record or not
 ) -> dict: # (column, category) → seed → (value, low, high)
     "The values of each cell by seed; a mean where a seed has all categories."
     paper = published_table(table)
-    averaged = _categories(records, table)[1]
+    averaged = _categories(records, table, asked)[1]
     found = {}
     for column, some in grouped(records, lambda r: column_name(r, paper)).items():
         for r in some:
@@ -288,18 +293,27 @@ _COLUMNS = [
     'difference'
 ]
 
-def _methods(found, paper):
-    "Methods in the order of the paper, each with its forms; then the others by name."
-    ran = sorted({method for method, _ in found})
+def _methods(found, paper, asked):
+    "Methods that ran or were asked for, in the order of the paper, each with its forms; then the others."
+    here = {method for method, _ in found} | set(asked)
+    if not here: return list(paper.columns)
     printed = []
     for column in paper.columns:
-        forms = [
-            method for method in ran if method.startswith(f'{column}, ')
-        ]
-        printed += forms or [column]
-    return [
-        *printed, *(method for method in ran if method not in printed)
-    ]
+        forms = sorted(name for name in here if name.startswith(f'{column}, '))
+        printed += forms or [column] * (column in here)
+    return printed + sorted(here - set(printed))
+
+def asked_columns(
+    methods: list[str], # As for `variant`
+    table: int, # Number of the table
+) -> list[str]: # As printed
+    "The columns that methods fill, whether or not they have been run."
+    keys = {key: name for name, key in published_table(table).columns.items()}
+    names = _printed_names() | keys
+    def name(method):
+        base, _, form = method.partition('/')
+        return names.get(method) or f'{names.get(base, base)} {form}'.strip()
+    return [name(method) for method in methods]
 
 def _summary(values):
     "ours, sd, seeds, low, high of the values of a cell."
@@ -313,6 +327,7 @@ def _summary(values):
 def comparison(
     records: list[dict], # Run records
     table: int, # Number of the table
+    asked: dict | None = None, # Methods and categories that are shown, on record or not
 ) -> pd.DataFrame: # One row for each method and category
     """Our numbers beside the published ones, AUROC in percent.
 
@@ -320,11 +335,13 @@ def comparison(
     Raises `ReportError` for records that must not stand in one table."""
     check_records(records, table)
     paper = published_table(table)
-    found = seed_values(records, table)
+    places = (asked or {}).get('categories', ())
+    columns = asked_columns((asked or {}).get('methods', ()), table)
+    found = seed_values(records, table, places)
     comparable = is_comparable(records, table)
-    categories, averaged = _categories(records, table)
+    categories, averaged = _categories(records, table, places)
     rows = []
-    for method in _methods(found, paper):
+    for method in _methods(found, paper, columns):
         for category in categories + ['mean'] * bool(averaged):
             values = list(found.get((method, category), {}).values())
             row = dict(method=method, category=category) | _summary(values)

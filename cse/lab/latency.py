@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SURFACE_IMAGES', 'TIMED', 'Scorer', 'untrained', 'cse_as_trained', 'cse_fused', 'bare_extractor',
            'baseline_as_trained', 'choose', 'measure', 'SpeedError', 'measure_apart', 'summary', 'timed_image',
-           'time_method', 'run_speed']
+           'timing_key', 'time_method', 'SpeedPlan', 'plan_speed', 'run_speed']
 
 # %% ../../nbs/lab/17_latency.ipynb #9d041f92
 import json, math, os, platform, subprocess, sys, tempfile, time
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 import torch
 from ..config import Config, ConfigError, from_profile
@@ -26,20 +27,16 @@ from ..scoring import MemoryBank
 from ..fast.engines import FastExtractor
 from ..fast.model import FastEmbedder
 from ..detector import CSE
-from .runs import METHODS
-from .records import RECORD_SCHEMA
 from .grid import GridError
+from .machine import commit, environment, peak_memory, processor
+from .machine import reset_peak_memory, versions
+from .parameters import (
+    as_flag, as_list, as_seeds, as_settings, default_categories,
+    note_asked, read_asked, table_records)
+from .records import RECORD_SCHEMA, load_records, read_record
+from .records import record_name, run_key, used_settings, write_record
+from .runs import METHODS, NO_TEXTURES, check_results, make_method, resolve_data
 from .scheduling import say
-from .parameters import as_list
-from .parameters import as_seeds, as_settings, default_categories
-from .runs import make_method
-from .machine import peak_memory, processor
-from .records import read_record
-from .records import record_name
-from .machine import reset_peak_memory
-from .runs import resolve_data
-from .records import run_key, write_record
-from .machine import versions
 from .benchmark import times
 
 # %% ../../nbs/lab/17_latency.ipynb #be1096f3
@@ -302,16 +299,24 @@ def _described(image):
         train=0,
         test_good=0,
         test_defective=0)
-    textures = dict(name='none', fingerprint='none', images=None)
-    return dict(data=data, textures=textures)
+    return dict(data=data, textures=NO_TEXTURES)
 
-def _timing_name(method, config, image, seed, machine, timing):
-    "What the record of a measurement is called."
-    about, (device, threads) = _described(image), machine
+def timing_key(
+    method: str, # A name of `TIMED`
+    config: Config, # Every setting
+    image: tuple, # What `timed_image` returns
+    seed: int = 0, # Seed of random weights
+    repeats: int = 50, # Counted calls
+    warmup: int = 5, # Calls before them
+) -> str: # File name of the record, without ending
+    "What the record of a measurement on this machine is called."
+    about, threads = _described(image), torch.get_num_threads()
+    computed, device = environment(config), processor(pick_device(config.device))
     run = run_key(
-        method, config, about['data'], about['textures'], image[2], seed)
-    decides = [run, device, platform.node(), threads, config.engine,
-               timing, versions()]
+        method.split('/')[0], config, about['data'], about['textures'],
+        image[2], seed, computed)
+    timing = dict(batch=1, repeats=repeats, warmup=warmup)
+    decides = [method, run, device, platform.node(), threads, timing, versions()]
     words = (f'speed-{method}-{config.extractor}-{device}-'
              f'{threads}threads-seed{seed}')
     return record_name(words, decides)
@@ -335,6 +340,7 @@ def _without_path(config, extractor):
 def _timing_record(key, method, config, image, seed, found):
     "What a record says of the method and its scores."
     file, _, category = image
+    name, computed = method.split('/')[0], environment(config)
     config = _without_path(config, found['extractor'])
     model, whole = found['times']['model'], found['times']['file']
     gpu = dict(gpu_memory_mb=found['gpu_memory_mb'])
@@ -342,13 +348,14 @@ def _timing_record(key, method, config, image, seed, found):
         schema=RECORD_SCHEMA,
         key=key,
         table=3,
-        method=method.split('/')[0],
+        method=name,
         form=found['form'],
         category=category,
         profile=config.profile,
-        config=config.to_dict(),
+        config=used_settings(name, config),
         seed=seed,
         **_described(image),
+        environment=computed,
         extractor=found['extractor'],
         images=[Path(file).name],
         labels=[],
@@ -371,9 +378,10 @@ def time_method(
     threads = torch.get_num_threads()
     device = processor(pick_device(config.device))
     timing = dict(batch=1, repeats=repeats, warmup=warmup)
-    key = _timing_name(method, config, image, seed, (device, threads), timing)
+    key = timing_key(method, config, image, seed, repeats, warmup)
     path = Path(results)/'records'/f'{key}.json'
     if path.exists() and not force: return read_record(path)
+    commit() # of the source as it is now, not at the end
     start, file = time.perf_counter(), image[0]
     found = measure_apart(
         method, config, threads, file=str(file), seed=seed,
@@ -395,13 +403,37 @@ def _refuse_score(method, score):
     raise SpeedError(f'{method}: scores {score}, expected a finite number')
 
 # %% ../../nbs/lab/17_latency.ipynb #7a07f846
-def _speed_config(profile, extractor, weights, settings, device):
-    "Settings of all measurements."
-    usual = dict(
-        device=device,
-        extractor=extractor or Config().extractor,
-        weights=weights or 'random')
-    return from_profile(profile, **usual | as_settings(settings))
+class SpeedPlan(NamedTuple):
+    "The measurements that Table 3 asks for."
+    config: Config # Settings of all measurements
+    image: tuple # What `timed_image` returns
+    todo: list # (name of `TIMED`, seed)
+    asked: dict # As for `note_asked`
+
+def plan_speed(
+    data: str = '', # Empty: built-in data
+    profile: str = 'smoke', # A profile
+    extractor: str = '', # Empty: efficientnet_b3
+    weights: str = '', # Empty: random
+    settings: dict = None, # Other settings
+    categories: list | str = '', # One
+    methods: list | str = '', # Empty: all
+    seeds: int | list | str = 1, # Processes
+    device: str = 'auto', # auto, cpu, cuda
+) -> SpeedPlan:
+    "What Table 3 asks for. Raises `ConfigError` or `DataError`."
+    own = dict(extractor=extractor or Config().extractor, weights=str(weights or 'random'))
+    own |= as_settings(settings)
+    config = from_profile(profile, device=device, **own)
+    names = choose([m for m in as_list(methods, 'methods') if m != 'all'])
+    image = timed_image(data, *as_list(categories, 'categories')[:1])
+    Images([image[0]], config).check()
+    own['weights'] = Path(own['weights']).name
+    todo = [(name, seed) for seed in as_seeds(seeds) for name in names]
+    return SpeedPlan(config, image, todo, dict(
+        profile=profile, settings=own, textures=NO_TEXTURES['name'],
+        data=image[1], methods=[], categories=[image[2]],
+        seeds=as_seeds(seeds)))
 
 def _check_counts(**counts):
     "Raises `ConfigError` unless there is one counted call at least."
@@ -461,16 +493,19 @@ def run_speed(
 ) -> list: # Records
     "The measurements of Table 3 (§4.3). Raises `GridError` at the end if some failed."
     _check_counts(repeats=repeats, warmup=warmup)
-    config = _speed_config(profile, extractor, weights, settings, device)
-    wanted = [m for m in as_list(methods, 'methods') if m != 'all']
-    names = choose(wanted)
-    image = timed_image(data, *as_list(categories, 'categories')[:1])
-    Images([image[0]], config).check()
+    config, image, todo, asked = plan_speed(
+        data, profile, extractor, weights, settings,
+        categories, methods, seeds, device)
     FastExtractor.from_config(config)
     if textures: print('textures: without influence on a time')
     if scheduler != 'local':
         print('scheduler: without influence on a time; it is taken here')
-    todo = [(name, seed) for seed in as_seeds(seeds) for name in names]
     results = results or tempfile.mkdtemp(prefix='cse-results-')
-    return _time_all(todo, config, image, results, force=force,
-                     repeats=repeats, warmup=warmup)
+    check_results(results)
+    note_asked(results, 3, **asked)
+    found = _time_all(
+        todo, config, image, results, force=as_flag(force, 'force'),
+        repeats=repeats, warmup=warmup)
+    keys = {r['key'] for r in found}
+    others = table_records(load_records(results), 3, read_asked(results)[3])
+    return found + [r for r in others if r['key'] not in keys]

@@ -16,8 +16,9 @@ from .records import record_config
 from .figures import worst
 from .published import PUBLISHED, published_frame
 from .runs import BUILTIN, BUILTIN_TEXTILES
-from .records import load_records
-from .selection import is_timing, select, stated_parameters, table_notebooks
+from .records import is_timing, load_records, reference_folder
+from .audit import result_folders
+from .parameters import read_asked, table_records
 from .tables import caption
 
 # %% ../../nbs/lab/20_report_page.ipynb #3162c9c7
@@ -362,13 +363,14 @@ def _pack(text):
     "Compressed text as a JavaScript string."
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
-def _tables(results, records):
+def _tables(folders):
     "Name, number and records of each table, those without runs included."
     tables = []
-    for path, table in table_notebooks(results).items():
-        if table not in PUBLISHED: continue
-        some, _ = select(records, table, stated_parameters(path))
-        if some: tables.append((path.stem, table, some))
+    for folder in folders:
+        records = load_records(folder)
+        for table, entry in read_asked(folder).items():
+            some = table_records(records, table, entry)
+            if some: tables.append((f'table{table}-{folder.name}', table, some))
     ran = {table for _, table, _ in tables}
     tables += [
         (f'table{table}', table, [])
@@ -387,11 +389,11 @@ WHY = (
     '`pictures` of its results; they are not passed on with the '
     'repository, since most data sets do not allow it.')
 
-def _data(results, records, tables):
+def _data(folders, records, tables):
     "What the script of the page reads."
     configs, versions = Shared(), Shared()
     runs = [run_view(r, configs, versions) for r in records]
-    pictures = sorted((results/'pictures').glob('*.webp'))
+    pictures = [p for folder in folders for p in sorted((folder/'pictures').glob('*.webp'))]
     return dict(
         runs=runs, configs=configs, versions=versions,
         pictures={path.stem: _picture(path) for path in pictures},
@@ -430,22 +432,23 @@ def _libraries():
     return scripts, (bundle/'dt_bundle.css').read_text(encoding='utf-8')
 
 def write_page(
-    results: str | Path = 'results', # Folder of results
+    results: str | Path, # Folder of results, or of several
     out: str | Path = '', # The page; empty: report/index.html in that folder
 ) -> Path: # The page
     """Write results as one HTML file that loads nothing.
 
     Raises `ModuleNotFoundError` without the extra `report`,
-    `RecordError` for a damaged record, and
+    `ConfigError` for a folder without records, `RecordError` for a damaged one, and
     `ReportError` for records that do not fit into their table."""
     import jinja2, markupsafe
-    results = Path(results)
-    out = Path(out or results/'report'/'index.html')
-    records = load_records(results)
-    tables = _tables(results, records)
+    folders = result_folders(results)
+    out = Path(out or Path(results)/'report'/'index.html')
+    records = {r['key']: r for folder in folders for r in load_records(folder)}
+    records = [records[key] for key in sorted(records)]
+    tables = _tables(folders)
     scripts, style = _libraries()
     scripts['data'] = json.dumps(
-        _data(results, records, tables), allow_nan=False
+        _data(folders, records, tables), allow_nan=False
     )
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined

@@ -15,7 +15,9 @@ from ..data.files import replacing
 from .comparison import (
     changed_settings, check_records, column_name,
     comparison, grouped, is_comparable, value_at)
+from .parameters import read_asked
 from .plots import plot, plot_latency
+from .runs import NO_TEXTURES
 from .published import (
     Published, ReportError, published_frame, published_table)
 
@@ -48,21 +50,24 @@ def _spread(value):
     "A standard deviation after its mean; empty where there is none."
     return '' if math.isnan(value) else f' ± {value:.1f}'
 
-def _cell(row, started):
-    "A cell of AUROC; a mean is incomplete where a method has only some categories."
-    missing = 'incomplete' if started else 'not run'
-    ours = f'{row.ours:.1f}{_spread(row.sd)}'
-    parts = [
-        '–' if math.isnan(row.published) else f'{row.published:.1f}',
-        ours if row.seeds else missing,
-    ]
+def _cell(row, missing, comparable):
+    "A cell of AUROC, with the paper's number where the images are those of the paper."
+    ours = f'{row.ours:.1f}{_spread(row.sd)}' if row.seeds else missing
+    if not comparable: return ours
+    published = '–' if math.isnan(row.published) else f'{row.published:.1f}'
+    parts = [published, ours]
     if not math.isnan(row.difference):
         parts.append(_signed(row.difference))
     return ' · '.join(parts)
 
+def _missing(row, ran, asked):
+    "What stands in a cell without a run: a word where it was asked for."
+    if row.category == 'mean': return 'incomplete' if row.method in ran else ''
+    return 'not run' if row.category in asked.get('categories', ()) else ''
+
 def _speed_cell(row):
     "A cell of Table 3, with the limits where a single run has some."
-    if not row.seeds: return 'not run'
+    if not row.seeds: return 'not run' # what was not asked for has no row
     if row.category.endswith('(MB)'): return f'{row.ours:.0f}'
     if row.seeds > 1: return f'{row.ours:.1f}{_spread(row.sd)}'
     if math.isnan(row.low): return f'{row.ours:.1f}'
@@ -72,13 +77,16 @@ def _speed_cell(row):
 def table_frame(
     records: list[dict], # Run records
     table: int, # Number of the table
+    asked: dict | None = None, # methods and categories, as `read_asked` has them
 ) -> pd.DataFrame: # Methods × categories
-    "The comparison as it is printed; 'not run' where we have no number."
-    frame = comparison(records, table)
+    "The comparison as it is printed; 'not run' where a run was asked for and is not on record."
+    asked = asked or {}
+    frame = comparison(records, table, asked)
     ran = set(frame.method[frame.seeds > 0])
+    comparable = is_comparable(records, table)
     def cell(row):
         if table == 3: return _speed_cell(row)
-        return _cell(row, row.category == 'mean' and row.method in ran)
+        return _cell(row, _missing(row, ran, asked), comparable)
     cells = [cell(row) for row in frame.itertuples()]
     wide = frame.assign(cell=cells).pivot(
         index='method', columns='category', values='cell'
@@ -157,9 +165,11 @@ def _seeds_fact(records, table):
     if counts.nunique() < 2: return seeds
     return f'{seeds} (some cells have fewer)'
 
-def _textures_fact(record):
-    "Name and number of the textures."
-    textures = record.get('textures') or {}
+def _textures_fact(records):
+    "Name and number of the textures of the runs that paste some."
+    found = [r['textures'] for r in records if r.get('textures')]
+    pasted = [t for t in found if t['name'] != NO_TEXTURES['name']]
+    textures = pasted[0] if pasted else {}
     images = f' ({textures["images"]} images)' if textures.get('images') else ''
     return f'{textures.get("name", "none")}{images}'
 
@@ -175,7 +185,7 @@ def _facts(records, table):
         'Profile': records[0]['profile'],
         'Changed settings': changed or 'none',
         'Seeds': _seeds_fact(records, table),
-        'Textures': _textures_fact(records[0]),
+        'Textures': _textures_fact(records),
     }
 
 # %% ../../nbs/lab/11_tables.ipynb #8c4d16b8
@@ -303,11 +313,13 @@ def caption(
 _KEY = (
     'Cells: paper · ours ± standard deviation over seeds '
     '· difference (ours − paper).')
+_OWN_KEY = 'Cells: mean ± standard deviation over seeds.'
 _SPEED_KEY = 'Cells: mean over processes ± standard deviation.'
 
 def _cell_key(records, table):
     "What a cell holds; empty where its form needs no words."
-    if table != 3: return _KEY
+    if table != 3 and is_comparable(records, table): return _KEY
+    if table != 3: return _OWN_KEY
     return _SPEED_KEY if comparison(records, 3).seeds.max() > 1 else ''
 
 def _reference(table):
@@ -324,13 +336,15 @@ def _reference(table):
 def render(
     records: list[dict], # Run records
     table: int, # Number of the table
+    asked: dict | None = None, # As for `table_frame`
 ) -> Markdown: # The whole report
     "A table with what a reader needs to judge it."
     notes = ' '.join(published_table(table).notes)
     parts = [
-        caption(records, table), markdown(table_frame(records, table))
+        caption(records, table),
+        markdown(table_frame(records, table, asked)),
+        _cell_key(records, table)
     ]
-    parts.append(_cell_key(records, table))
     if not is_comparable(records, table): parts += _reference(table)
     if notes: parts.append(f'Notes on the published numbers: {notes}')
     return Markdown('\n\n'.join(filter(None, parts)) + '\n')
@@ -381,19 +395,15 @@ def write_report(
     records: list[dict], # Run records
     table: int, # Number of the table
     folder: str | Path, # Made if it is missing
-    name: str = '', # File name without ending; empty: table1, table2, …
+    asked: dict | None = None, # As for `table_frame`
 ) -> dict[str, Path]: # 'md', 'csv', 'svg' → path
-    "Write a table as files. Raises `ReportError` for a name with a folder."
-    name = name or f'table{table}'
-    if Path(name).name != name:
-        raise ReportError(
-            f'name={name!r}: expected a file name without folder'
-        )
+    "Write a table as the files table1.md, table1.csv, table1.svg, …"
+    name = f'table{table}'
     records = sorted(
         records, key=lambda r: json.dumps(r, sort_keys=True)
     )
     figures = {name: plot(records, table)}
-    text = f'{render(records, table)}\n![Table {table} as a plot]({name}.svg)\n'
+    text = f'{render(records, table, asked)}\n![Table {table} as a plot]({name}.svg)\n'
     if table != 3 and (figure := plot_latency(records, table)):
         figures[f'{name}-latency'] = figure
         text += f'\n![AUROC and time of each method]({name}-latency.svg)\n'
@@ -404,13 +414,6 @@ def write_report(
     }
 
 # %% ../../nbs/lab/11_tables.ipynb #16b69b32
-def _file_name(words):
-    "A file name in lower case, with letters, digits and a few signs only."
-    kept = ''.join(
-        c if c.isalnum() or c in '-_.' else ' ' for c in words.lower()
-    )
-    return '-'.join(kept.split())
-
 def publish(
     records: list[dict], # Run records
     table: int, # Number of the table
@@ -418,13 +421,6 @@ def publish(
 ) -> Markdown: # The report, for display
     "Write a report to `tables` in the folder of results, and return it."
     if not results: return render(records, table)
-    name = f'table{table}'
-    if records:
-        where = value_at(
-            records[0], 'device' if table == 3 else 'data.name'
-        )
-        name = f'{name}-{where}-{records[0]["profile"]}'
-    write_report(
-        records, table, Path(results)/'tables', _file_name(name)
-    )
-    return render(records, table)
+    asked = read_asked(results).get(table)
+    write_report(records, table, Path(results)/'tables', asked)
+    return render(records, table, asked)
