@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from ..config import ConfigError
-from ..data.files import check_file, existing_part
+from ..data.files import as_path, check_file, existing_part
 from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
@@ -91,10 +91,10 @@ def run_exported(
     """Score images with an exported detector, without any of its code.
 
     Raises `DataError` for values that are neither uint8 nor floats in [0, 1]."""
-    images = _in_range(np.asarray(images))
-    if Path(path).suffix == '.onnx':
+    path, images = as_path(path, 'path'), _in_range(np.asarray(images))
+    if path.suffix == '.onnx':
         import onnxruntime
-        network = Path(path).read_bytes() # its name may be no text
+        network = path.read_bytes() # its name may be no text
         session = onnxruntime.InferenceSession(network, providers=['CPUExecutionProvider'])
         return tuple(session.run(['score', 'map'], {'image': images}))
     import openvino as ov
@@ -158,8 +158,8 @@ def export(
 ) -> Path: # The file
     """Write a detector as one network. Raises `ConfigError` for an unknown format, a missing package,
     a detector without maps or a place that cannot be written, `ExportError` for other scores."""
-    path = Path(path)
-    to = _chosen_format(path, to)
+    path = as_path(path, 'path')
+    to = _chosen_format(path, str(to or ''))
     if detector.config.anomaly_map == 'none':
         message = f"{path}: {detector!r} was fitted with anomaly_map='none'"
         raise ConfigError(f'{message}; expected a detector with maps')

@@ -22,11 +22,15 @@ from ..detector import CSE
 class CalibrationError(ValueError):
     "Raised where the calibration images do not allow a decision."
 
-def _checked(scores) -> np.ndarray:
-    "Sorted scores. Raises `CalibrationError` for none, for NaN and for what is no number."
-    try: scores = np.sort(np.asarray(scores, np.float64).ravel())
+def _numbers(scores) -> np.ndarray:
+    "Scores in double precision. Raises `CalibrationError` for anything else."
+    try: return np.asarray(scores, np.float64)
     except (TypeError, ValueError) as e:
-        raise CalibrationError(f'calibration: got {scores!r}; expected numbers ({e})') from e
+        raise CalibrationError(f'scores={scores!r}: expected numbers ({e})') from e
+
+def _checked(scores) -> np.ndarray:
+    "Sorted scores. Raises `CalibrationError` for none, and for NaN."
+    scores = np.sort(_numbers(scores).ravel())
     if not len(scores):
         raise CalibrationError(
             'calibration: got no scores; '
@@ -57,7 +61,7 @@ class Calibration:
         scores, # N anomaly scores
     ) -> np.ndarray: # N values in [1/(n+1), 1], small for anomalous images; NaN for NaN
         "Share of good images that score as high, the image itself counted."
-        scores = np.asarray(scores, np.float64)
+        scores = _numbers(scores)
         above = len(self) - np.searchsorted(self.scores, scores, 'left')
         return np.where(
             np.isnan(scores), np.nan,
@@ -85,7 +89,7 @@ class Calibration:
         alpha: float, # False-alarm rate, between 0 and 1
     ) -> np.ndarray: # N values, true for images to be flagged; NaN is not
         "Which scores are above the threshold."
-        return np.asarray(scores, np.float64) > self.threshold(alpha)
+        return _numbers(scores) > self.threshold(alpha)
 
     def false_alarm_range(self,
         alpha: float, # False-alarm rate, between 0 and 1

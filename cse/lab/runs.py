@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from ..config import Config, ConfigError
 from ..data.builtin import TEXTILES, VERSION, builtin_surfaces
-from ..data.files import check_writable
+from ..data.files import as_path, check_writable
 from ..data.folders import Category, category_fingerprint, files_fingerprint
 from ..data.folders import load_category, prepare_masks, published_name, read_masks
 from ..data.images import DataError, Images, image_files
@@ -74,7 +74,7 @@ def data_name(
     names: list[str], # Categories that are needed
 ) -> str:
     "Name of the data in tables, where it is not recognised as published."
-    if data: return Path(data).resolve().name
+    if data: return as_path(data, 'data').resolve().name
     return BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
 
 def resolve_data(
@@ -87,7 +87,7 @@ def resolve_data(
         except UnicodeEncodeError:
             raise DataError(f'category={name!r}: is no text; expected a folder '
                             'whose name a table can show') from None
-    root = Path(data) if data else builtin_surfaces(names)
+    root = as_path(data, 'data') if data else builtin_surfaces(names)
     return root, data_name(data, names)
 
 # %% ../../nbs/lab/05_runs.ipynb #e9cde360
@@ -112,7 +112,7 @@ def _about_textures(textures, method):
             name='built-in textures',
             fingerprint=f'built-in-v{VERSION}',
             images=None)
-    files = image_files(textures)
+    files = image_files(as_path(textures, 'textures'))
     return dict(
         name=Path(textures).resolve().name,
         fingerprint=files_fingerprint(files, textures),
@@ -162,7 +162,7 @@ def check_results(
 ) -> None:
     "Refuse a folder that takes no records or sheets of images. Raises `ConfigError`."
     for part in ('records', 'pictures'):
-        check_writable(Path(results)/part)
+        check_writable(as_path(results, 'results')/part)
 
 def _check_inputs(category, config):
     "Read all test images and masks once. Raises `DataError`."
