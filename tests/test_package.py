@@ -1,6 +1,5 @@
 "The package: source archive, wheel from the archive, installation of the wheel, and the command in use."
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ NAME = f"{SETTINGS['lib_name']}-{SETTINGS['version']}"
 
 
 def build(kind, folder, target):
-    "A source archive or a wheel, made by setuptools in a process of its own folder, as `python -m build` does."
+    "A source archive or a wheel, made by setuptools in the folder of the source, as `python -m build` does."
     code = f'from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})'
     subprocess.run([sys.executable, '-c', code], cwd=folder, check=True, capture_output=True)
 
@@ -90,8 +89,8 @@ def test_the_wheel_asks_for_the_minimal_requirements(built):
 def installed(built):
     """A fresh virtual environment with the wheel.
 
-    The requirements come from the environment of the tests. Its editable installation does not count, because files
-    that end in .pth are read in the environment's own folder only."""
+    The requirements come from the environment of the tests. Its editable installation does not count,
+    because files that end in .pth are read in the environment's own folder only."""
     folder = built.parent / 'venv'
     venv.create(folder, with_pip=False, symlinks=True)
     own = Path(sysconfig.get_path('purelib', vars=dict(base=str(folder))))
@@ -101,28 +100,37 @@ def installed(built):
     return folder
 
 
-USE = '''
-import sys
+ODD = '日本'.encode() + b'\xf6.png'  # no text in any locale
+USE = f'NAME = {ODD!r}' + '''
+import os, sys
 from pathlib import Path
-import cse.cli
+import cse.cli, cse.lab.machine
 from cse.data.builtin import write_surfaces
 assert Path(cse.__file__).is_relative_to(sys.prefix), cse.__file__
 root = write_surfaces('data', ['wood'], train=10, good=4, defective=4) / 'wood'
+next((root / 'test/good').iterdir()).rename(root / 'test/good' / os.fsdecode(NAME))
+assert cse.lab.machine.source_hash()
 small = ['--set', 'epochs=1', '--set', 'resize=64', '--set', 'crop=64', '--held-out', '0.4']
 for words in (['fit', f'{root}/train/good', '-o', 'wood.cse', *small],
-              ['score', 'wood.cse', *map(str, (root / 'test').iterdir()), '--alpha', '0.3', '--csv', 'scores.csv']):
+              ['score', 'wood.cse', *map(str, (root / 'test').iterdir()), '--alpha', '0.3']):
     cse.cli.app([*words, '-q'], standalone_mode=False)
 '''
 
 
 def test_the_wheel_is_fitted_and_scores(installed, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME')}
+    "In the locale C, where a file name is bytes: they are printed as they are."
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
+    environment |= dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+
     def call(*command):
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+
     version = call(installed / 'bin/cse', '--version')
-    assert (version.stdout, version.returncode) == (f"cse {SETTINGS['version']}\n", 0)
+    assert (version.stdout.decode(), version.returncode) == (f"cse {SETTINGS['version']}\n", 0)
     done = call(installed / 'bin/python', '-c', USE)
-    assert done.returncode == 0, done.stderr
-    lines = (tmp_path / 'scores.csv').read_text().splitlines()
-    assert lines[0] == 'path,score,p_value,decision' and len(lines) == 9
-    assert all(re.fullmatch(r'data/wood/test/.*\.png,\d.*,(good|defective)', line) for line in lines[1:])
+    assert done.returncode == 0, done.stderr.decode()
+    about, saved, head, *lines = done.stdout.splitlines()
+    assert about.startswith(b'CalibratedCSE(') and saved == b'saved in wood.cse'
+    assert head == b'path,score,p_value,decision' and len(lines) == 8
+    assert sum(line.startswith(b'data/wood/test/good/' + ODD + b',0.') for line in lines) == 1
+    assert all(line.endswith((b',good', b',defective')) for line in lines)

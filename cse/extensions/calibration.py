@@ -101,7 +101,7 @@ class Calibration:
         `alpha` bounds its mean over calibrations. One calibration varies around it by a beta
         distribution, few test images by a beta-binomial one."""
         from scipy.stats import beta, betabinom
-        if not isinstance(tested, Integral | None) or tested == 0:
+        if tested is not None and (not isinstance(tested, Integral) or tested < 1):
             raise CalibrationError(f'tested={tested!r}: expected a number of images, at least 1')
         count, level = self.allowed(alpha), _share('level', level)
         ends = [(1 - level) / 2, (1 + level) / 2]
