@@ -66,6 +66,7 @@ class ClassifierHead(nn.Module):
 class ClassifierDetector(Detector):
     "Anomaly detection by a binary classifier (§5.1)."
     classifier: Classifier | None = None # Of a fitted detector
+    decodes = False # there is no decoder
 
     def _learn(self, cache, defects, session):
         device = self.extractor.device

@@ -12,13 +12,14 @@ from typing import Annotated
 import typer
 from .deploy.options import (
     Alpha, Audited, Bits, Calibrated, Categories, Category, Csv, Data, DataSet, Device, Exported, Extractor,
-    Fitted, Fresh, From, GoodImages, HeldOut, Json, Method, Methods, Model, Notebooks, Overlays,
+    Fitted, Fresh, From, GoodImages, HeldOut, Json, Method, Methods, Model, NewImages, Notebooks, Overlays,
     Profile, Quiet, Reference, Results, Runs, Scheduler, Seeds, Settings, Tables, TextureFolder, Textures,
-    Tilda, To, Weights, Where, errors, note, path_argument, settings_from, stop, stop_if)
+    Sources, Tilda, To, Weights, Where, common, errors, note, say, settings_from, stop, stop_if)
 
 # %% ../nbs/11_cli.ipynb #171d5b2b
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    callback=common, context_settings=dict(help_option_names=['-h', '--help']),
     help='Surface anomaly detection with contrastively selected embedding: '
          'fit on good images, find defects.')
 
@@ -49,7 +50,7 @@ def _tell(detector, folder, as_json):
     "What a detector is, and where it was saved."
     from cse.deploy.inspection import fit_summary
     about = dict(model=str(folder)) | fit_summary(detector)
-    typer.echo(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
+    say(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
 
 # %% ../nbs/11_cli.ipynb #12656258
 @app.command()
@@ -90,7 +91,7 @@ def fit(
 @app.command()
 def calibrate(
     model: Model,
-    folder: Annotated[Path, path_argument('FOLDER', 'Folder of good images that took no part in fitting.')],
+    folder: NewImages,
     output: Calibrated = None,
     bits: Bits = 0,
     weights: Where = '',
@@ -121,14 +122,14 @@ def calibrate(
 def _print_rows(rows, as_json, csv_file, **about):
     "Rows as one JSON object, or as CSV unless they go into a file."
     from cse.deploy.inspection import write_rows
-    if as_json: typer.echo(json.dumps(about | dict(images=rows)))
+    if as_json: say(json.dumps(about | dict(images=rows)))
     elif not csv_file: write_rows(rows, sys.stdout)
 
 @app.command()
 def score(
     context: typer.Context,
     model: Model,
-    folder: Annotated[Path, path_argument('FOLDER', 'An image, or a folder of images.')],
+    sources: Sources,
     csv_file: Csv = None,
     overlays: Overlays = None,
     alpha: Alpha = 0.05,
@@ -145,10 +146,10 @@ def score(
     with errors('interrupted; no scores were written'):
         from cse.deploy.inspection import (
             calibration_of, check_outputs, images_to_score, save_overlays, save_rows, score_rows)
-        check_outputs(model, folder, csv_file, overlays)
+        check_outputs(model, sources, csv_file, overlays)
         detector = _load(model, device, weights, bits)
         allowed = _allowed(detector, alpha, context)
-        images = images_to_score(folder, detector.config, csv_file, overlays)
+        images = images_to_score(sources, detector.config, csv_file, overlays)
         scores = detector.score(images, progress=not quiet)
         rows = score_rows(scores, calibration_of(detector), allowed)
         _print_rows(rows, as_json, csv_file, model=str(model), alpha=alpha)
@@ -156,7 +157,7 @@ def score(
     with errors('interrupted; the scores are written, some overlays are not'):
         if missing := sum(row['score'] is None for row in rows):
             failed.append(f'{missing} of {len(rows)} images could not be read')
-        if overlays: failed += save_overlays(images, scores, overlays, folder)
+        if overlays: failed += save_overlays(images, scores, overlays, sources)
         stop_if(failed)
 
 # %% ../nbs/11_cli.ipynb #67f82e1b
@@ -185,7 +186,7 @@ def evaluate(
         allowed = _allowed(detector, alpha, context)
         figures = evaluation(detector, found, allowed, progress=not quiet)
         for sentence in evaluation_notes(figures, brief=quiet): note(sentence)
-        typer.echo(json.dumps(figures) if as_json else listing(figures))
+        say(json.dumps(figures) if as_json else listing(figures))
         if missing := figures.get('unreadable'):
             stop(f'{missing} of {missing + figures["images"]} images could not be read', 1)
 
@@ -211,7 +212,7 @@ def export_(
         written = export(_load(model, 'cpu', weights), output or beside, to)
         files = [written, written.with_suffix('.bin')] if to == 'openvino' else [written]
         about = dict(file=str(written), files=[str(f) for f in files], format=to)
-        typer.echo(json.dumps(about) if as_json else written)
+        say(json.dumps(about) if as_json else written)
 
 # %% ../nbs/11_cli.ipynb #d47a0002
 @app.command()
@@ -228,7 +229,7 @@ def data(
     with errors('interrupted; the same command goes on from there'):
         from cse.data.downloads import fetch, tables_command
         folder = fetch(name, to, source, progress=not quiet, tell=note)
-        typer.echo(tables_command(to, {name: folder}, tell=note))
+        say(tables_command(to, {name: folder}, tell=note))
 
 # %% ../nbs/11_cli.ipynb #e7c1ac41
 @app.command()
@@ -276,7 +277,7 @@ def compare(
     with errors():
         from cse.lab.reproduction import compare as check
         found = check(runs, reference or '')
-        typer.echo(json.dumps(found.to_dict()) if as_json else found)
+        say(json.dumps(found.to_dict()) if as_json else found)
         if not found.ok: raise typer.Exit(1)
 
 @app.command()
@@ -290,7 +291,7 @@ def audit(
     with errors():
         from cse.lab.audit import audit as check
         report = check(results)
-        typer.echo(json.dumps(report.to_dict(), default=str) if as_json else report)
+        say(json.dumps(report.to_dict(), default=str) if as_json else report)
         if not report.ok: raise typer.Exit(1)
 
 # %% ../nbs/11_cli.ipynb #a04a997a
@@ -308,8 +309,8 @@ def show_config(
         from dataclasses import fields
         from cse.deploy.saving import new_detector
         config = new_detector(method, profile).config
-        if as_json: typer.echo(json.dumps(config.to_dict(), indent=1))
+        if as_json: say(json.dumps(config.to_dict(), indent=1))
         for f in () if as_json else fields(config):
             choices = f.metadata['choices']
             about = f.metadata['doc'] + (f' ({", ".join(map(str, choices))})' if choices else '')
-            typer.echo(f'{f.name} = {getattr(config, f.name)!r}  # {about}')
+            say(f'{f.name} = {getattr(config, f.name)!r}  # {about}')

@@ -294,7 +294,7 @@ def from_profile(
     **changes, # Settings that differ from the profile
 ) -> Config: # The profile with the changes
     "A profile by its name. Raises `ConfigError` for an unknown profile, setting or value."
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         known = ', '.join(map(repr, PROFILES))
         raise ConfigError(f'profile={profile!r}: expected one of {known}')
     _check_names(kind, changes)

@@ -27,7 +27,7 @@ from .fast.defects import FastDefectGenerator
 from .fast.cache import FeatureCache
 from .fast.model import FastEmbedder
 from .fast.head import Head
-from .fast.pairs import CachedPairs
+from .fast.pairs import CachedPairs, check_maps
 from .fast.scorer import Scorer
 from .fast.session import Session
 
@@ -84,20 +84,13 @@ class Estimator(Scorer):
         self._head = self._whole = None
         self._fitted = self.interrupted = False
 
-# %% ../nbs/08_detector.ipynb #b0c1d2e7
-def _check_strides(extractor, config):
-    "Refuse feature maps that do not halve from one to the next."
-    strides = extractor.strides[-len(config.layers):]
-    if all(b == 2 * a for a, b in zip(strides, strides[1:])): return
-    raise ConfigError(f'layers={config.layers}: expected maps that halve from one to the next; '
-                      f'those of {config.extractor} have strides {strides}')
-
 # %% ../nbs/08_detector.ipynb #b0c1d2e4
 class Detector(Estimator):
     """A frozen extractor, something learned from good images, and a head that scores features.
 
     Subclasses define `_learn(cache, defects, session)` and `head()`."""
     kinds: ClassVar[dict] = {} # Name → class, for reading saved models
+    decodes: ClassVar[bool] = True # Does training use a decoder, where the configuration has one?
 
     def __init_subclass__(cls): Detector.kinds[cls.__name__] = cls
 
@@ -128,7 +121,7 @@ class Detector(Estimator):
         self.check(len(images))
         with clock('textures'): defects = FastDefectGenerator.from_config(config, self.textures)
         with clock('load'): extractor = FastExtractor.from_config(config, self.layers)
-        _check_strides(extractor, config)
+        check_maps(extractor, config, self.decodes)
         if folder: check_writable(folder)
         cache = FeatureCache(images, extractor, config, clock, progress)
         warn_if_nearly_black(brightest(cache.images), images.paths)
@@ -154,7 +147,8 @@ class Detector(Estimator):
     def _pairs(self, cache, defects, session, config=None, seed=None) -> CachedPairs:
         "Training pairs from the cache."
         config, seed = config or self.config, self.seed if seed is None else seed
-        return CachedPairs(cache, self.extractor, defects, config, seed, session.clock)
+        return CachedPairs(
+            cache, self.extractor, defects, config, seed, session.clock, self.decodes)
 
     def _learned(self, history: History):
         "Note how training went; from here on the detector can score."

@@ -9,7 +9,7 @@ __all__ = ['Features', 'Pairs', 'PairLosses', 'pair_splits', 'pair_up', 'PairSam
 
 # %% ../nbs/06_training.ipynb #95143b8d
 import copy, math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 import torch
@@ -62,14 +62,17 @@ class PairSampler:
         seed: int = 0, # Seed of the run
     ):
         self.images, self.extractor, self.defects = images, extractor, defects
-        self.config = config
-        self.seed = seed
+        self.config, self.seed = config, seed
         splits = pair_splits(len(images), config, seed)
         self.train_indices, self.validation_indices = splits[:2], splits[2:]
 
     def __len__(self) -> int:
         "Training steps an epoch."
-        return math.ceil(len(self.train_indices[0]) / self.config.batch_size)
+        return len(self.batches(self.train_indices[0]))
+
+    def batches(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
+        "Indices of each step."
+        return indices.split(self.config.batch_size)
 
     def features(self, indices: torch.Tensor) -> Features:
         "Features of defect-free images."
@@ -105,8 +108,7 @@ class PairSampler:
     def training(self, epoch: int) -> Iterator[Pairs]:
         "Batches of training pairs."
         first, second = self.pair_up(epoch)
-        size = self.config.batch_size
-        for i, j in zip(first.split(size), second.split(size)):
+        for i, j in zip(self.batches(first), self.batches(second)):
             yield self.features(i), *self.partners(j, 'training', epoch)
 
     def validation(self, epoch: int) -> Iterator[Pairs]:
@@ -114,8 +116,7 @@ class PairSampler:
         first, second = pair_up(*self.validation_indices, None)
         purpose = ['validation']
         if self.config.validation_defects != 'fixed': purpose.append(epoch)
-        size = self.config.batch_size
-        for i, j in zip(first.split(size), second.split(size)):
+        for i, j in zip(self.batches(first), self.batches(second)):
             yield self.features(i), *self.partners(j, *purpose)
 
     def single(self, epoch: int) -> Iterator[Features]:
@@ -123,7 +124,7 @@ class PairSampler:
         train = self.train_indices[0]
         generator = seeded(self.config.source_seed(self.seed, 'order'), 'decoder', epoch)
         order = train[torch.randperm(len(train), generator=generator)]
-        for batch in order.split(self.config.batch_size): yield self.features(batch)
+        for batch in self.batches(order): yield self.features(batch)
 
 # %% ../nbs/06_training.ipynb #725ba115
 def pair_losses(

@@ -156,6 +156,11 @@ def test_reverse_distillation_refuses_maps_too_small_for_a_bottleneck(anomalib, 
         method.fit(images.train, progress=False)
 
 
+def test_cfa_refuses_fewer_positions_than_neighbours(anomalib, images):
+    with pytest.raises(ConfigError, match='crop=32, .* has 2×2 positions; expected at least 6'):
+        CFA(Config.smoke(resize=32, crop=32)).fit(images.train, progress=False)
+
+
 def test_a_grid_of_both_forms(anomalib, surface, tmp_path):
     small = Config.smoke(**SMALL, layers=(2, 3))
     methods = ['mean_distance', 'reverse_distillation']

@@ -9,6 +9,7 @@ __all__ = ['PatchCore', 'PaDiM', 'CFA', 'FastFlow']
 from unittest.mock import patch
 import torch
 from torch import Tensor, nn
+from ..config import ConfigError
 from ..data.images import DataError
 from .features import Maps
 from .anomalib import PLAIN, Baseline, PassThrough, pre_processor_for
@@ -66,6 +67,17 @@ class PaDiM(Baseline):
         return module
 
 # %% ../../nbs/baselines/03_anomalib_methods.ipynb #5757e516
+def _check_positions(method, shape):
+    "Refuse a finest map with fewer positions than CFA has neighbours. Raises `ConfigError`."
+    names = 'num_nearest_neighbors', 'num_hard_negative_features'
+    neighbours = sum(method.parameters[name] for name in names)
+    _, height, width = shape
+    if height * width >= neighbours: return
+    raise ConfigError(
+        f'crop={method.config.crop}, layers={method.config.layers}: '
+        f'the finest map has {height}×{width} positions; '
+        f'expected at least {neighbours}, the neighbours of CFA')
+
 class CFA(Baseline):
     "Features adapted to coupled hyperspheres (Lee et al. 2022)."
     settings = dict(
@@ -90,6 +102,7 @@ class CFA(Baseline):
         from anomalib.models import Cfa
         from anomalib.models.image.cfa import torch_model
         extractor = PassThrough(features)
+        _check_positions(self, extractor.shapes[0])
         with patch.object(torch_model, 'get_feature_extractor', lambda *_: extractor):
             module = Cfa('resnet18', **self.parameters, **PLAIN)
         model, channels = module.model, extractor.channels

@@ -127,6 +127,15 @@ def branch_losses(
     return shallow, deep
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #a8e0bba9
+def _steps(count, targets, config) -> int:
+    "Batches an epoch, of two images at least where the coarsest map has one position."
+    steps = math.ceil(count / config.batch_size)
+    if targets[-1].shape[2:].numel() > 1: return steps
+    if min(count, config.batch_size) > 1: return min(steps, count // 2)
+    raise ConfigError(
+        f'batch_size={config.batch_size}, crop={config.crop}, {count} images: '
+        'the coarsest map has one position; expected at least two images a batch')
+
 def _batches(images, targets, steps, generator, device):
     "Images and targets in random order, in batches of similar size."
     order = torch.randperm(len(images), generator=generator)
@@ -167,7 +176,7 @@ def train_students(
     progress: bool = False, # Show a bar with the loss
 ) -> list[dict]: # Epoch, loss, and the mean loss of either branch
     "Distil both teachers. Raises `TrainingError` for a diverged loss."
-    steps = math.ceil(len(images) / config.batch_size)
+    steps = _steps(len(images), targets, config)
     total = config.epochs * steps
     optimizer, schedule = make_optimizer(students, None, config, total)
     device = next(students.parameters()).device

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_closing, label
 from tqdm import tqdm
+from ..config import ConfigError
 from .drawing import DEFECT_DRAWERS, PATTERNS, SURFACE_DRAWERS, Change
 from .drawing import draw_pattern, fractal_noise, generator_for, photograph
 from .files import cache_folder
@@ -46,11 +47,11 @@ def _difference_mask(clean, marred):
 
 # %% ../../nbs/data/07_builtin.ipynb #d6000002
 def _whole(name, value, low, high):
-    "The value as an int. Raises `ValueError` if it is not a whole number in the range."
+    "The value as an int. Raises `ConfigError` if it is not a whole number in the range."
     is_whole = isinstance(value, (int, np.integer))
     if isinstance(value, bool): is_whole = False
     if not is_whole or not low <= value <= high:
-        raise ValueError(
+        raise ConfigError(
             f'{name}={value!r}: expected a whole number from {low} to {high}'
         )
     return int(value)
@@ -58,13 +59,13 @@ def _whole(name, value, low, high):
 def _check_category(category):
     if category in DEFECTS: return
     expected = ', '.join(DEFECTS)
-    raise ValueError(f'category {category!r}: expected one of {expected}')
+    raise ConfigError(f'category {category!r}: expected one of {expected}')
 
 def _check_defect(category, defect):
     kinds = DEFECTS[category]
     if defect is None or defect in kinds: return
     expected = ', '.join(kinds)
-    raise ValueError(
+    raise ConfigError(
         f'defect {defect!r} of {category}: '
         f'expected None or one of {expected}'
     )
@@ -91,7 +92,7 @@ def surface_image(
 ) -> tuple[np.ndarray, np.ndarray]: # uint8 `size`×`size`×3, bool `size`×`size`
     """One image and its mask, the same on every call.
 
-    Raises `ValueError` for unknown names and impossible numbers."""
+    Raises `ConfigError` for unknown names and impossible numbers."""
     _check_category(category)
     _check_defect(category, defect)
     index = _whole('index', index, 0, 2**63)
@@ -197,13 +198,13 @@ def write_surfaces(
 ) -> Path: # The folder
     """Write categories as PNG files in MVTec layout.
 
-    Raises `ValueError` for impossible values, `FileExistsError` for a foreign folder."""
+    Raises `ConfigError` for impossible values, `FileExistsError` for a foreign folder."""
     folder = Path(folder)
     if isinstance(categories, str): categories = (categories,)
     names = tuple(categories)
     if not names:
         expected = ', '.join(DEFECTS)
-        raise ValueError(
+        raise ConfigError(
             f'categories={names!r}: expected at least one of {expected}'
         )
     for name in names: _check_category(name)
@@ -286,7 +287,7 @@ def builtin_textures(
 ) -> np.ndarray: # uint8, count×3×size×size
     """Textures for textural defects without DTD (§3.1): photographs and patterns.
 
-    Raises `ValueError` for impossible numbers."""
+    Raises `ConfigError` for impossible numbers."""
     size = _whole('size', size, 8, 4096)
     count = _whole('count', count, 1, 100_000)
     seed = _whole('seed', seed, 0, 2**63)

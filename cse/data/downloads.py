@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from tqdm import tqdm
-from .files import check_writable
+from .files import check_writable, existing_part
 from .folders import MVTEC_COUNTS, categories, load_category, published_name
 from .images import DataError, image_files
 
@@ -274,7 +274,7 @@ def _install(archive, folder, data, progress):
 # %% ../../nbs/data/11_downloads.ipynb #c67be746
 def _check_room(folder, needed):
     "Raise `DataError` if a disk has less than `needed` bytes left."
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_part(folder)).free
     if free >= needed: return
     free, needed = (tqdm.format_sizeof(n, 'B') for n in (free, needed))
     raise DataError(
@@ -311,7 +311,8 @@ def _bring(data, folder, archive, progress, tell):
     missing = 0 if archive else data.size - _size(part)
     _check_room(folder.parent, data.size + missing)
     if archive: check_hash(archive, data)
-    else: _download_checked(data, part, progress, tell)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not archive: _download_checked(data, part, progress, tell)
     _install(archive or part, folder, data, progress)
     part.unlink(missing_ok=True)
 

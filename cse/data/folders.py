@@ -462,7 +462,7 @@ def _fingerprint(places):
     for path, place in places.items():
         stat = Path(path).stat()
         content = _content_hash(str(path), stat.st_size, stat.st_mtime_ns)
-        h.update(place.encode() + b'\0' + content)
+        h.update(place.encode(errors='surrogateescape') + b'\0' + content)
     return h.hexdigest()[:16]
 
 def files_fingerprint(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from threading import Lock
 import numpy as np, torch
@@ -614,8 +615,9 @@ class Images:
         """Read all images in batches.
 
         An image that cannot be read raises `DataError`, or, with `errors`, becomes
-        black. Raises `ConfigError` if `size` is below 1."""
-        if size < 1: raise ConfigError(f'batch_size={size}: expected at least 1')
+        black. Raises `ConfigError` if `size` is no whole number above 0."""
+        if not isinstance(size, Integral) or size < 1:
+            raise ConfigError(f'batch_size={size!r}: expected a whole number, at least 1')
         def read(i, item):
             try: return self._prepare(item, f'image {self.indices[i]}')
             except DataError as e:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import (
     load as load_tensors,
     save as save_tensors)
-from .files import replacing
+from .files import as_path, replacing
 
 # %% ../../nbs/data/09_model_files.ipynb #8bd49f1d
 class ModelError(ValueError):
@@ -39,7 +39,7 @@ def write_model(
     tensors: dict[str, torch.Tensor], # On any device
 ) -> Path: # The folder
     "Write a model, each file whole or not at all."
-    folder = Path(folder)
+    folder = as_path(folder, 'folder')
     data = save_tensors({
         name: t.cpu().contiguous()
         for name, t in tensors.items()})
@@ -107,7 +107,7 @@ def read_model(
     """Read a model of any schema.
 
     Raises `ModelError` for files that are missing, damaged or of a newer schema."""
-    folder = Path(folder)
+    folder = as_path(folder, 'folder')
     about, data = _read_files(folder)
     schema = _schema(folder, about)
     _check_about(folder, about, schema)

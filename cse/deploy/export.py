@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from ..config import ConfigError
-from ..data.files import check_file
+from ..data.files import as_path, check_file, existing_part
 from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
@@ -90,10 +90,11 @@ def run_exported(
     """Score images with an exported detector, without any of its code.
 
     Raises `DataError` for values that are neither uint8 nor floats in [0, 1]."""
-    images = _in_range(np.asarray(images))
-    if Path(path).suffix == '.onnx':
+    path, images = as_path(path, 'path'), _in_range(np.asarray(images))
+    if path.suffix == '.onnx':
         import onnxruntime
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        network = path.read_bytes() # its name may be no text
+        session = onnxruntime.InferenceSession(network, providers=['CPUExecutionProvider'])
         return tuple(session.run(['score', 'map'], {'image': images}))
     import openvino as ov
     network = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
@@ -156,8 +157,8 @@ def export(
 ) -> Path: # The file
     """Write a detector as one network. Raises `ConfigError` for an unknown format, a missing package,
     a detector without maps or a place that cannot be written, `ExportError` for other scores."""
-    path = Path(path)
-    to = _chosen_format(path, to)
+    path = as_path(path, 'path')
+    to = _chosen_format(path, str(to or ''))
     if detector.config.anomaly_map == 'none':
         message = f"{path}: {detector!r} was fitted with anomaly_map='none'"
         raise ConfigError(f'{message}; expected a detector with maps')
@@ -165,12 +166,13 @@ def export(
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
     expected = detector.score(Images(example, detector.config, prepared=True))
-    with (tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    with (tempfile.TemporaryDirectory(dir=existing_part(path.parent)) as folder,
           warnings.catch_warnings(), same_logging()):
         warnings.simplefilter('ignore')
         made = Path(folder)/path.name
         _write(detector, network, example, made, path, to)
         _compare(path, run_exported(made, example), expected)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(folder).iterdir()): # the .bin before the .xml that names it
             file.replace(path.parent/file.name)
     return path

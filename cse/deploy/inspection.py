@@ -9,7 +9,7 @@ __all__ = ['calibration_of', 'check_calibrated', 'why_no_decisions', 'score_rows
            'fit_summary']
 
 # %% ../../nbs/deploy/05_inspection.ipynb #56d3d9fa
-import csv, re
+import csv, os, re
 from pathlib import Path
 from typing import TextIO
 import numpy as np, torch
@@ -113,21 +113,23 @@ def save_rows(
     return []
 
 # %% ../../nbs/deploy/05_inspection.ipynb #ca9f1e31
+def _lies_in(target, source) -> bool:
+    "Whether a folder lies in a folder of images, or is the one that an image lies in."
+    if source.is_dir(): return target.is_relative_to(source.resolve())
+    return target == source.parent.resolve()
+
 def check_outputs(
     model: Path, # Folder of the detector
-    source: Path, # An image, or a folder of images
+    sources: list[Path], # Images and folders of images
     csv_file: Path | None = None, # Where rows go
     overlays: Path | None = None, # Folder where overlays go
 ):
     "Refuse to write into the images or the detector, before any work. Raises `ConfigError`."
-    if overlays:
-        target = overlays.resolve()
-        inside = source.is_dir() and target.is_relative_to(source.resolve())
-        if inside or target == source.parent.resolve() and not source.is_dir():
-            raise ConfigError(
-                f'--overlays {overlays}: '
-                'lies in the folder that is scored; '
-                'expected another one')
+    if overlays and any(_lies_in(overlays.resolve(), source) for source in sources):
+        raise ConfigError(
+            f'--overlays {overlays}: '
+            'lies in the folder that is scored; '
+            'expected another one')
     if csv_file and model.resolve() in csv_file.resolve().parents:
         raise ConfigError(
             f'--csv {csv_file}: '
@@ -137,18 +139,20 @@ def check_outputs(
     if overlays: check_writable(overlays)
 
 def images_to_score(
-    source: Path, # An image, or a folder of images
+    sources: list[Path], # Images and folders of images
     config: Config, # Of the detector
     csv_file: Path | None = None, # Where rows go
     overlays: Path | None = None, # Folder where overlays go
 ) -> Images: # Prepared
-    "The images to score. Raises `ConfigError` where a file would replace one, or maps are missing."
+    """The images to score, each once. Raises `ConfigError` where a file would replace one, or maps
+    are missing."""
     if overlays and config.anomaly_map == 'none':
         raise ConfigError(
             "--overlays: this detector "
             "was fitted with anomaly_map='none'; "
             "it has no maps")
-    images = Images(source, config)
+    paths = [path for source in sources for path in Images(source, config).paths]
+    images = Images(list(dict.fromkeys(paths)), config)
     if csv_file and csv_file.resolve() in (Path(p).resolve() for p in images.paths):
         raise ConfigError(
             f'--csv {csv_file}: '
@@ -174,15 +178,15 @@ def save_overlays(
     images: Images, # Prepared images that came from files
     scores: Scores, # Of these images, with maps
     folder: Path, # Where the overlays go
-    top: Path, # Folder that the images were found in, whose paths are kept; or one image
+    sources: list[Path], # Images and folders; below the folder that holds all, paths are kept
 ) -> list[str]: # A sentence for each file that could not be written
     "Draw the anomaly map over each image that has a score, under the name of its file and .png."
     read = ~np.isnan(scores.image)
-    top = top if top.is_dir() else top.parent
+    folders = [source if source.is_dir() else source.parent for source in sources]
+    top = os.path.commonpath([os.path.abspath(place) for place in folders])
     high, failed = float(scores.coarse[read].max()), []
     for i in np.flatnonzero(read):
-        path = Path(scores.paths[i])
-        target = folder/path.relative_to(top).with_name(f'{path.name}.png')
+        target = folder/f'{os.path.relpath(scores.paths[i], top)}.png'
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             drawn = overlay(images[i], scores[i:i + 1].map[0], high)

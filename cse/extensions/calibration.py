@@ -6,14 +6,15 @@
 __all__ = ['CalibrationError', 'Calibration', 'Decisions', 'Calibrated', 'CalibratedCSE']
 
 # %% ../../nbs/extensions/01_calibration.ipynb #26c39943
-import math
+import logging, math
+from numbers import Integral
 from pathlib import Path
 from typing import Self
 import numpy as np, torch
 from ..config import ConfigError
 from ..data.images import DataError, ImageSource, as_images
 from ..data.good_images import (
-    good_images, image_hash, image_hashes)
+    find_copies, good_images, image_hash, image_hashes, small_pictures)
 from ..data.seeds import seeded, split
 from ..detector import CSE
 
@@ -21,9 +22,15 @@ from ..detector import CSE
 class CalibrationError(ValueError):
     "Raised where the calibration images do not allow a decision."
 
+def _numbers(scores) -> np.ndarray:
+    "Scores in double precision. Raises `CalibrationError` for anything else."
+    try: return np.asarray(scores, np.float64)
+    except (TypeError, ValueError) as e:
+        raise CalibrationError(f'scores={scores!r}: expected numbers ({e})') from e
+
 def _checked(scores) -> np.ndarray:
     "Sorted scores. Raises `CalibrationError` for none, and for NaN."
-    scores = np.sort(np.asarray(scores, np.float64).ravel())
+    scores = np.sort(_numbers(scores).ravel())
     if not len(scores):
         raise CalibrationError(
             'calibration: got no scores; '
@@ -34,6 +41,13 @@ def _checked(scores) -> np.ndarray:
     return scores
 
 # %% ../../nbs/extensions/01_calibration.ipynb #d0d1d2d5
+def _share(name, value) -> float:
+    "A number between 0 and 1. Raises `CalibrationError` for anything else."
+    try: number = math.nan if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError): number = math.nan
+    if 0 < number < 1: return number
+    raise CalibrationError(f'{name}={value!r}: expected a number between 0 and 1')
+
 class Calibration:
     "Scores of good images that took no part in fitting, and the decisions that follow from them."
     def __init__(self,
@@ -47,7 +61,7 @@ class Calibration:
         scores, # N anomaly scores
     ) -> np.ndarray: # N values in [1/(n+1), 1], small for anomalous images; NaN for NaN
         "Share of good images that score as high, the image itself counted."
-        scores = np.asarray(scores, np.float64)
+        scores = _numbers(scores)
         above = len(self) - np.searchsorted(self.scores, scores, 'left')
         return np.where(
             np.isnan(scores), np.nan,
@@ -56,11 +70,8 @@ class Calibration:
     def allowed(self,
         alpha: float, # False-alarm rate, between 0 and 1
     ) -> int: # How many of the n images may reach the score of an image that is flagged
-        "Raises `CalibrationError` for a rate that needs more images."
-        if not 0 < alpha < 1:
-            raise CalibrationError(
-                f'alpha={alpha!r}: '
-                'expected a number between 0 and 1')
+        "Raises `CalibrationError` for a rate that needs more images, or is none."
+        alpha = _share('alpha', alpha)
         count = math.floor(alpha * (len(self) + 1) + 1e-9) - 1
         if count >= 0: return count
         needed = math.ceil(1 / alpha - 1e-9) - 1
@@ -78,7 +89,7 @@ class Calibration:
         alpha: float, # False-alarm rate, between 0 and 1
     ) -> np.ndarray: # N values, true for images to be flagged; NaN is not
         "Which scores are above the threshold."
-        return np.asarray(scores, np.float64) > self.threshold(alpha)
+        return _numbers(scores) > self.threshold(alpha)
 
     def false_alarm_range(self,
         alpha: float, # False-alarm rate, between 0 and 1
@@ -90,7 +101,10 @@ class Calibration:
         `alpha` bounds its mean over calibrations. One calibration varies around it by a beta
         distribution, few test images by a beta-binomial one."""
         from scipy.stats import beta, betabinom
-        count, ends = self.allowed(alpha), [(1 - level) / 2, (1 + level) / 2]
+        if tested is not None and (not isinstance(tested, Integral) or tested < 1):
+            raise CalibrationError(f'tested={tested!r}: expected a number of images, at least 1')
+        count, level = self.allowed(alpha), _share('level', level)
+        ends = [(1 - level) / 2, (1 + level) / 2]
         a, b = count + 1, len(self) - count
         if tested is None: return tuple(beta.ppf(ends, a, b).tolist())
         return tuple((betabinom.ppf(ends, tested, a, b) / tested).tolist())
@@ -138,9 +152,27 @@ def _hold_out(images, share, seed):
     return images.subset(fitted), images.subset(kept)
 
 # %% ../../nbs/extensions/01_calibration.ipynb #0fb326fe
+def _traces(images) -> tuple[list[str], torch.Tensor]:
+    "Hashes and small pictures of images. Every image is read."
+    hashes, pictures = [], []
+    for batch in images.batches():
+        hashes += map(image_hash, batch)
+        pictures.append(small_pictures(batch))
+    return hashes, torch.cat(pictures)
+
+def _warn_of_copies(paths, hashes, pictures, last):
+    "Warn where calibration images, the last ones, are copies of other images."
+    copies = find_copies(hashes, pictures, last)
+    if not copies: return
+    copy, original = next(iter(copies.items()))
+    names = f' ({paths[copy]} of {paths[original]} first)' if paths else ''
+    logging.getLogger(__name__).warning(
+        f'{len(copies)} of {last} calibration images are copies, or nearly, of other '
+        f'images{names}: a calibration on copies promises too much; expected each image once')
+
 class Calibrated(Decisions):
     "Adds a calibration to a detector: `class CalibratedCSE(Calibrated, CSE)`."
-    _kept = None # Images held out of the fit that is going on, and their hashes
+    _kept = None # What is held out of the fit that is going on; see `fit`
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
@@ -165,7 +197,8 @@ class Calibrated(Decisions):
         except DataError as e:
             kept = f'held_out={held_out} keeps {len(kept)} of the {len(images)} images'
             raise DataError(f'{e}; {kept}') from e
-        self._kept = kept, image_hashes(kept) # reads every image before any work is done
+        paths = fitted.paths and fitted.paths + kept.paths
+        self._kept = paths, kept, *_traces(kept) # reads every image before any work is done
         try: return super().fit(fitted, progress, folder)
         finally: self._kept = None
 
@@ -176,7 +209,12 @@ class Calibrated(Decisions):
     def _complete(self, cache):
         "Note which images were seen, and calibrate with those held out."
         self.seen = dict(fitted=[image_hash(image) for image in cache.images])
-        if self._kept: self._calibrate(*self._kept)
+        if not self._kept: return
+        paths, kept, hashes, pictures = self._kept
+        fitted = [small_pictures(part) for part in cache.images.split(256)]
+        known = self.seen['fitted'] + hashes, torch.cat([*fitted, pictures])
+        _warn_of_copies(paths, *known, len(kept))
+        self._calibrate(kept, hashes)
 
     def calibrate(self,
         images: ImageSource, # Good images that took no part in fitting
@@ -187,11 +225,12 @@ class Calibrated(Decisions):
         Raises `DataError` for images that took part in fitting."""
         self._ready()
         images = good_images(images, self.config)
-        hashes, known = image_hashes(images), set(self.seen.get('fitted', ()))
+        (hashes, pictures), known = _traces(images), set(self.seen.get('fitted', ()))
         if before := [i for i, h in enumerate(hashes) if h in known]:
             first = images.paths[before[0]] if images.paths else f'image {before[0]}'
             raise DataError(f'{len(before)} of {len(hashes)} images took part in fitting, '
                             f'{first} first; expected others')
+        _warn_of_copies(images.paths, hashes, pictures, len(images))
         return self._calibrate(images, hashes, progress)
 
     def _calibrate(self, images, hashes, progress=False):

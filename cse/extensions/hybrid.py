@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..config import Config, ConfigError, setting
+from ..data.good_images import warn_if_identical
 from ..data.seeds import seed_for, seeded
 from ..data.model_files import ModelError
 from ..model import Embedder
@@ -59,6 +60,11 @@ class HybridConfig(Config):
         return [self.extracted.index(layer) for layer in self.density_layers]
 
 # %% ../../nbs/extensions/02_hybrid.ipynb #dfa5ff2a
+def _deviation(values, least=1e-3) -> torch.Tensor:
+    "Standard deviation, at least a thousandth of the mean: one image many times has none."
+    least = (1e-3 * values.mean().abs()).clamp(min=least)
+    return values.std(correction=min(1, values.numel() - 1)).maximum(least)
+
 class PatchGaussians(nn.Module):
     "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
@@ -121,7 +127,7 @@ class PatchGaussians(nn.Module):
             self._choose(i, f)
             self._estimate(i, f, seen)
             distances = torch.cat([self._distance(i, f[rows]) for rows in parts])
-            spread.append(distances.std().clamp(min=1e-6))
+            spread.append(_deviation(distances))
             getattr(self, f'whitening{i}').div_(spread[i])
         maps = torch.cat([self([f[rows] for f in features]) for rows in parts])
         for i, f in enumerate(features):
@@ -199,9 +205,7 @@ class JointHead(nn.Module):
         embedded = torch.cat([self.embed(batch) for batch in batches])
         parts = [maps, self._largest(maps), *embedded.unbind(1)]
         means = torch.stack([p.mean() for p in parts])
-        deviations = [
-            p.std(correction=min(1, p.numel() - 1)).clamp(min=1e-12)
-            for p in parts]
+        deviations = [_deviation(p) for p in parts[:2]] + [_deviation(p, 1e-6) for p in parts[2:]]
         self.standards = torch.stack([means, torch.stack(deviations)])
         return self
 
@@ -315,6 +319,7 @@ class HybridCSE(CalibratedCSE):
     def _fit_density(self, cache):
         "Fit the Gaussians, and measure how good images score."
         config = self.config
+        warn_if_identical(cache.images)
         seen, _, held_out, _ = pair_splits(len(cache), config, self.seed)
         density = PatchGaussians(config.density_channels, seed=self.seed)
         maps = density.fit([cache.features[i] for i in config.density_places], seen, held_out)

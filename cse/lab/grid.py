@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 import numpy as np, torch
-from tqdm import tqdm
 from ..config import Config, ConfigError, digest
 from ..data.files import replacing
 from ..data.folders import load_category
@@ -22,7 +21,7 @@ from .records import RecordError, is_timing, load_records, read_record
 from .records import record_config, reference_folder, used_settings
 from .runs import check_results, identify, optional_sheet
 from .runs import method_environment, resolve_data, run, variant
-from .scheduling import Outcome, Task, as_scheduler, run_tasks
+from .scheduling import Outcome, Task, as_scheduler, run_tasks, say
 
 # %% ../../nbs/lab/06_grid.ipynb #8cb448cc
 def work(
@@ -227,7 +226,7 @@ def _show(outcome):
     if error and not isinstance(error, (ConfigError, DataError)):
         traceback.print_exception(error, file=sys.stderr)
     line = _failure(outcome) if error else _success(outcome)
-    tqdm.write(line, file=sys.stdout)
+    say(line)
 
 def _collect(outcomes, titles, progress):
     """Records in the order of their titles. Ctrl-C ends the rest.

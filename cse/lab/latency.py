@@ -36,6 +36,7 @@ from .parameters import (
 from .records import RECORD_SCHEMA, load_records, read_record
 from .records import record_name, run_key, used_settings, write_record
 from .runs import METHODS, NO_TEXTURES, check_results, make_method, resolve_data
+from .scheduling import say
 from .benchmark import times
 
 # %% ../../nbs/lab/17_latency.ipynb #be1096f3
@@ -467,7 +468,7 @@ def _time_all(todo, config, image, results, **kw):
         else:
             records.append(record)
             line = f'{title}: {_line(record, time.perf_counter() - start)}'
-        print(line, flush=True)
+        say(line)
     if failures:
         head = f'{len(failures)} of {len(todo)} measurements failed:'
         raise GridError('\n'.join([head, *failures]))

@@ -93,7 +93,7 @@ def source_hash() -> str: # 12 hexadecimal digits
     "Hash of the library's source that decides results."
     root = Path(inspect.getfile(Config)).parent
     files = sorted(f for f in root.rglob('*.py') if _decides(f.relative_to(root)))
-    code = [_without_words(f.read_text()) for f in files]
+    code = [_without_words(f.read_text(encoding='utf-8')) for f in files]
     return hashlib.sha256('\n'.join(code).encode()).hexdigest()[:12]
 
 # %% ../../nbs/lab/03_machine.ipynb #a1e00004

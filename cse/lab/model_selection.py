@@ -278,6 +278,7 @@ def _kept(path, make):
             frame.to_csv(
                 file,
                 index=False,
+                errors='backslashreplace',
                 lineterminator='\n')
     return frame
 

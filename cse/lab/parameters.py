@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from ..config import Config, ConfigError, fingerprint, from_profile
 from ..data.builtin import SURFACES, TEXTILES
-from ..data.files import replacing
+from ..data.files import as_path, replacing
 from ..data.folders import categories as category_names
 from ..extensions.hybrid import HybridConfig
 from ..baselines.features import UnsuitableError
@@ -21,6 +21,7 @@ from ..baselines.registry import BASELINES, baseline_config
 from .grid import check_grid, grid
 from .records import is_timing, load_records, method_config, record_config
 from .runs import METHODS, NO_TEXTURES, data_name, variant
+from .scheduling import say
 
 # %% ../../nbs/lab/07_parameters.ipynb #04a7c16a
 def as_list(
@@ -108,7 +109,7 @@ def as_methods(
 ) -> list[str]: # Names of methods
     "Read the parameter `methods`; 'raw' is short for mean_distance."
     names = []
-    for name in as_list(value, 'methods'):
+    for name in map(str, as_list(value, 'methods')):
         if name == 'all': names += _all_methods(table)
         else: names.append('mean_distance' if name == 'raw' else name)
     return names
@@ -127,7 +128,7 @@ def suited(
     obstacles = {name: _obstacle(name, config) for name in names}
     for name, why in obstacles.items():
         if why:
-            print(f'{name}: not run, {why}')
+            say(f'{name}: not run, {why}')
     return [name for name, why in obstacles.items() if not why]
 
 # %% ../../nbs/lab/07_parameters.ipynb #33330395
@@ -326,7 +327,7 @@ def plan_table(
     _check_columns(chosen, table, as_settings(settings))
     _check_categories(names, data)
     if 'weights' in own: own['weights'] = Path(own['weights']).name
-    named = Path(textures).resolve().name if textures else 'built-in textures'
+    named = as_path(textures, 'textures').resolve().name if textures else 'built-in textures'
     return Plan(config, dict(
         profile=profile, settings=own, textures=named,
         data=data_name(data, names), methods=chosen, categories=names,

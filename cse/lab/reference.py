@@ -68,9 +68,9 @@ def copy_notebook(
     target: str | Path, # The copy
 ) -> None:
     "Copy an executed notebook without times, counters and paths of the machine."
-    nb = json.loads(_without_paths(Path(notebook).read_text(), notebook))
+    nb = json.loads(_without_paths(Path(notebook).read_text(encoding='utf-8'), notebook))
     text = json.dumps(_cleaned(nb), indent=1, ensure_ascii=False)
-    with replacing(target) as file: file.write_text(f'{text}\n')
+    with replacing(target) as file: file.write_text(f'{text}\n', encoding='utf-8')
 
 # %% ../../nbs/lab/23_reference.ipynb #53618643
 def _file_of(record):
@@ -145,7 +145,8 @@ def write_readme(
     folders = [p.parent for p in sorted(Path(reference).glob('*/records'))]
     frame = pd.DataFrame([_about(folder) for folder in folders]).set_index('folder')
     file = Path(reference)/'README.md'
-    with replacing(file) as temporary: temporary.write_text(f'{_WORDS}\n{markdown(frame)}\n')
+    with replacing(file) as temporary:
+        temporary.write_text(f'{_WORDS}\n{markdown(frame)}\n', encoding='utf-8')
     return file
 
 # %% ../../nbs/lab/23_reference.ipynb #a24c00af

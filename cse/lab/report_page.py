@@ -428,8 +428,8 @@ def _libraries():
     bundle = files('itables')/'html'
     scripts = dict(
         plotly=plotly.offline.get_plotlyjs(),
-        datatables=(bundle/'dt_bundle.js').read_text())
-    return scripts, (bundle/'dt_bundle.css').read_text()
+        datatables=(bundle/'dt_bundle.js').read_text(encoding='utf-8'))
+    return scripts, (bundle/'dt_bundle.css').read_text(encoding='utf-8')
 
 def write_page(
     results: str | Path, # Folder of results, or of several
@@ -454,11 +454,12 @@ def write_page(
         autoescape=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(
-        (files('cse.lab')/'report_page.html').read_text()
+        (files('cse.lab')/'report_page.html').read_text(encoding='utf-8')
     )
     page = template.render(
         _summary(records, tables),
         packed={name: _pack(text) for name, text in scripts.items()},
         datatables_css=markupsafe.Markup(style))
-    with replacing(out) as temporary: temporary.write_text(page, encoding='utf-8')
+    page = page.encode(errors='backslashreplace') # names of files may be no text
+    with replacing(out) as temporary: temporary.write_bytes(page)
     return out

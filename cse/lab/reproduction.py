@@ -438,5 +438,6 @@ def measure_spread(
             for table, methods in _TABLES.items() if table == 1 or not quick}
         folders.append(run_as(machine, tables, results))
     frame = spread_frame(folders)
-    with replacing(Path(results)/'spread.csv') as file: frame.to_csv(file, index=False)
+    with replacing(Path(results)/'spread.csv') as file:
+        frame.to_csv(file, index=False, errors='backslashreplace')
     return frame

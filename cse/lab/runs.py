@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from ..config import Config, ConfigError
 from ..data.builtin import TEXTILES, VERSION, builtin_surfaces
-from ..data.files import check_writable
+from ..data.files import as_path, check_writable
 from ..data.folders import Category, category_fingerprint, files_fingerprint
 from ..data.folders import load_category, prepare_masks, published_name, read_masks
 from ..data.images import DataError, Images, image_files
@@ -74,15 +74,20 @@ def data_name(
     names: list[str], # Categories that are needed
 ) -> str:
     "Name of the data in tables, where it is not recognised as published."
-    if data: return Path(data).resolve().name
+    if data: return as_path(data, 'data').resolve().name
     return BUILTIN_TEXTILES if set(names) <= set(TEXTILES) else BUILTIN
 
 def resolve_data(
     data: str | Path | None, # Folder of categories; None or '' for built-in data
     names: list[str], # Categories that are needed
 ) -> tuple[Path, str]: # Folder; name in tables
-    "Folder and name of the data."
-    root = Path(data) if data else builtin_surfaces(names)
+    "Folder and name of the data. Raises `DataError` for a category whose name is no text."
+    for name in map(str, names):
+        try: name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f'category={name!r}: is no text; expected a folder '
+                            'whose name a table can show') from None
+    root = as_path(data, 'data') if data else builtin_surfaces(names)
     return root, data_name(data, names)
 
 # %% ../../nbs/lab/05_runs.ipynb #e9cde360
@@ -107,7 +112,7 @@ def _about_textures(textures, method):
             name='built-in textures',
             fingerprint=f'built-in-v{VERSION}',
             images=None)
-    files = image_files(textures)
+    files = image_files(as_path(textures, 'textures'))
     return dict(
         name=Path(textures).resolve().name,
         fingerprint=files_fingerprint(files, textures),
@@ -157,7 +162,7 @@ def check_results(
 ) -> None:
     "Refuse a folder that takes no records or sheets of images. Raises `ConfigError`."
     for part in ('records', 'pictures'):
-        check_writable(Path(results)/part)
+        check_writable(as_path(results, 'results')/part)
 
 def _check_inputs(category, config):
     "Read all test images and masks once. Raises `DataError`."

@@ -198,6 +198,7 @@ def _write_epochs(frame, results, words):
         frame.round(5).to_csv(
             file,
             index=False,
+            errors='backslashreplace',
             lineterminator='\n')
 
 def run_epochs(

@@ -22,7 +22,7 @@ def stated_parameters(
 ) -> dict: # Name → value
     "Parameters of an executed notebook."
     found = {}
-    content = json.loads(Path(notebook).read_text())
+    content = json.loads(Path(notebook).read_bytes())
     for cell in content['cells']:
         tags = cell['metadata'].get('tags', [])
         if not _TAGS & set(tags): continue

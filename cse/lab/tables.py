@@ -370,9 +370,10 @@ def write_files(
     figures: dict[str, Figure] | None = None, # File name without ending → figure
 ):
     "Write Markdown, CSV and SVG files, each completely or not at all."
-    with replacing(f'{path}.md') as file: file.write_text(text, encoding='utf-8')
+    utf8 = dict(encoding='utf-8', errors='backslashreplace') # names of files may be no text
+    with replacing(f'{path}.md') as file: file.write_text(text, **utf8)
     with replacing(f'{path}.csv') as file:
-        rows.round(4).to_csv(file, index=False, lineterminator='\n')
+        rows.round(4).to_csv(file, index=False, lineterminator='\n', **utf8)
     for name, figure in (figures or {}).items():
         _write_figure(Path(path).parent/f'{name}.svg', figure)
 
