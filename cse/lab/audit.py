@@ -233,7 +233,7 @@ def check_record(
 def _lines(file):
     "Place, name of the file and text of each record of a file; one error where it cannot be read."
     name = f'records/{file.name}'
-    if file.suffix == '.json': return [(name, file.stem, file.read_text(encoding='utf-8', errors='replace'))]
+    if file.suffix == '.json': return [(name, file.stem, file.read_text(errors='replace'))]
     read = gzip.decompress if file.suffix == '.gz' else bytes
     try: lines = read(file.read_bytes()).decode(errors='replace').splitlines()
     except (OSError, EOFError, zlib.error) as e: return [(name, '', f'not readable: {e}')]
@@ -388,7 +388,7 @@ def _make_pairs(notebook, records, folder):
 def _shown_table(notebook):
     "The last Markdown that a notebook shows."
     shown = ['']
-    for cell in json.loads(Path(notebook).read_bytes())['cells']:
+    for cell in json.loads(Path(notebook).read_text())['cells']:
         for output in cell.get('outputs', []):
             if text := output.get('data', {}).get('text/markdown'):
                 shown.append(''.join(text))
@@ -399,7 +399,7 @@ def _table_files(folder):
     "Name → text of the tables in a folder of results."
     paths = Path(folder).glob('tables/table*')
     return {
-        p.name: p.read_text(encoding='utf-8')
+        p.name: p.read_text()
         for p in paths
         if p.suffix in ('.csv', '.md')
     }
