@@ -30,7 +30,7 @@ from .parameters import as_list, as_methods, as_seeds, as_settings
 from .parameters import default_categories
 from .grid import grid
 from .runs import identify
-from .records import record_name
+from .records import by_content, record_name
 from .tables import Markdown, markdown, write_files
 from .seed_variance import spread_frame
 
@@ -253,15 +253,16 @@ def _one_surface(paths, defects, config, name, seed):
 # %% ../../nbs/lab/19_model_selection.ipynb #c83ea764
 def _evidence_file(results, config, identified, name, seed):
     "Where the evidence of a surface and seed is kept."
-    _, _, found, images, pasted, _ = identified
+    found = identified.category
     decides = [
-        fingerprint(config),
+        fingerprint(by_content(config)), # the hash of the weights
         files_fingerprint(found.train, found.root),
-        pasted['fingerprint'],
+        identified.textures['fingerprint'],
+        identified.environment,
         seed,
         list(candidates()),
         KINDS]
-    words = f'{images["name"]}-{name}-seed{seed}'
+    words = f'{identified.data["name"]}-{name}-seed{seed}'
     return Path(results)/'evidence'/f'{record_name(words, decides)}.csv'
 
 def _kept(path, make):
@@ -308,7 +309,7 @@ def gather_evidence(
         about = identified[name]
         path = results and _evidence_file(results, config, about, name, seed)
         make = partial(
-            _one_surface, about[2].train, defects, config, name, seed)
+            _one_surface, about.category.train, defects, config, name, seed)
         frames.append(_kept(path, make))
     return pd.concat(frames, ignore_index=True)
 
@@ -423,7 +424,7 @@ def _test_line(record, label, candidate):
         chosen=candidate,
         method=label,
         seed=record['seed'],
-        epochs=record['config']['epochs'],
+        epochs=record['config'].get('epochs', 0), # of a method that trains
         auroc=record['metrics']['auroc'],
         latency=latency.get('median', np.nan))
 
