@@ -86,7 +86,8 @@ def test_no_path(detector, value, tmp_path):
     (dict(categories='granite'), "'granite': expected one of"), (dict(profile=[1]), r'profile=\[1\]'),
     (dict(methods=[1]), "method='1'"), (dict(methods=3), "method='3'"), (dict(seeds=1.5), 'seeds=1.5'),
     (dict(seeds='a'), "seeds='a'"), (dict(scheduler=3), 'scheduler=3'),
-    (dict(settings=[1]), r'settings=\[1\]'), (dict(device=3), 'device=3'), (dict(extractor=3), 'extractor=3')], ids=str)
+    (dict(settings=[1]), r'settings=\[1\]'), (dict(device=3), 'device=3'),
+    (dict(extractor=3), 'extractor=3')], ids=str)
 def test_tables(given, words, tmp_path):
     arguments = dict(categories='wood', results=str(tmp_path / 'new')) | given
     with pytest.raises(ConfigError, match=words):
