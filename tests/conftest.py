@@ -67,6 +67,22 @@ def textures(tmp_path_factory):
     return folder
 
 
+def run_notebook(path, parameters):
+    "Outputs of the cells of a notebook, run in this process: to start a kernel takes seconds."
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
+    shell, outputs = CaptureShell(path), []
+    for cell in read_nb(path).cells:
+        if cell.cell_type != 'code':
+            continue
+        outputs += shell.run(cell.source)
+        if shell.exc:
+            raise shell.exc
+        if 'parameters' in cell.metadata.get('tags', []):
+            shell.user_ns.update(parameters)
+    return outputs
+
+
 @pytest.fixture(scope='session')
 def tiny():
     "The smoke profile, two epochs on small crops."

@@ -68,16 +68,20 @@ def ask(surface, results, **changes):
     return names | dict(results=results) | changes
 
 
+def prepare_workers(patch, marks):
+    "Workers will know the method; its seed 5 writes a mark and waits, the first time."
+    patch.setitem(METHODS, 'mean', Mean)
+    patch.setenv('CSE_TEST_MARKS', str(marks))
+    return dask.config.set({'distributed.worker.preload': [mean_method.__file__]})
+
+
 @pytest.fixture(scope='module')
 def disturbed(surface, tmp_path_factory):
     "A grid in processes, of which one is killed, and whose last run fails: its folder, and what it raised."
     results, marks = (tmp_path_factory.mktemp(name) for name in ('results', 'marks'))
     killer = threading.Thread(target=kill_when_marked, args=(marks / 'waiting',), daemon=True)
     killer.start()
-    preload = {'distributed.worker.preload': [mean_method.__file__]}
-    with pytest.MonkeyPatch.context() as patch, dask.config.set(preload):
-        patch.setitem(METHODS, 'mean', Mean)
-        patch.setenv('CSE_TEST_MARKS', str(marks))
+    with pytest.MonkeyPatch.context() as patch, prepare_workers(patch, marks):
         with pytest.raises(GridError) as failure:
             seeds = [*range(SEEDS), 99]
             grid(SMALL, **ask(surface, results, seeds=seeds, scheduler=f'processes:{PROCESSES}'))
@@ -104,6 +108,21 @@ def test_one_worker_killed_costs_nothing(surface, disturbed, undisturbed, record
     assert not Path(f'/proc/{disturbed.killed}').exists(), 'a worker was left behind'
     record_property('cluster', f'{SEEDS} runs in {PROCESSES} processes, 1 killed: '
                                f'{SEEDS} records, 0 lost, 0 doubled, table equal')
+
+
+@pytest.mark.skipif(not CAMPAIGN, reason='a campaign of its own: make cluster-test')
+def test_one_worker_that_hangs_costs_nothing(
+        surface, undisturbed, tmp_path_factory, monkeypatch, record_property):
+    results, marks = (tmp_path_factory.mktemp(name) for name in ('results', 'marks'))
+    with prepare_workers(monkeypatch, marks):
+        asked = ask(surface, results, seeds=range(SEEDS), scheduler='processes:2')
+        records = grid(SMALL, **asked, patience=5)
+    assert [r['seed'] for r in records] == list(range(SEEDS))
+    assert contents(results) == contents(undisturbed[0])
+    hung = int((marks / 'waiting').read_text())
+    assert not Path(f'/proc/{hung}').exists(), 'a worker was left behind'
+    record_property('cluster', f'{SEEDS} runs in 2 processes, 1 hangs: '
+                               f'{SEEDS} records, 0 lost, 0 doubled')
 
 
 def test_failed_runs_are_gathered(disturbed):
@@ -282,7 +301,11 @@ def test_ctrl_c_ends_all_processes():
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     assert process.stdout.readline() == 'first\n'
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
-    out, _ = process.communicate(timeout=60)
+    try:
+        out, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert out.endswith('interrupted\n') and 'Traceback' not in out
     end = time.monotonic() + 20  # processes that were killed take a moment to go
     while left_of(process.pid) and time.monotonic() < end:

@@ -4,7 +4,6 @@ import inspect
 import json
 from pathlib import Path
 
-import papermill
 import pytest
 import torch
 import yaml
@@ -22,6 +21,7 @@ from cse.lab.parameters import read_parameters, run_table
 from cse.lab.published import ReportError
 from cse.lab.tables import caption, publish
 from cse.lab.comparison import check_records
+from conftest import run_notebook
 
 ROOT = Path(__file__).parent.parent
 SIZE = dict(resize=64, crop=64)
@@ -240,15 +240,12 @@ def test_table3_notebook_knows_the_parameters_of_all_tables():
         read_parameters(dict(epochs=3), run_speed)
 
 
-def test_table3_notebook(timed, surface, tmp_path):
+def test_table3_notebook(timed, surface):
     "It reads what is on record and writes the table."
     given = yaml.safe_load((ROOT / 'params/smoke.yml').read_text()) | SMALL
     given |= dict(data=str(surface), methods='["cse"]', results=str(timed[0]), force=False)
     before = {p: p.read_bytes() for p in (timed[0] / 'records').iterdir()}
-    done = papermill.execute_notebook(
-        str(ROOT / 'nbs/tables/table3_speed.ipynb'), str(tmp_path / 'out.ipynb'), given,
-        kernel_name='python3', progress_bar=False)
-    shown = json.dumps([c.outputs for c in done.cells if c.cell_type == 'code'])
+    shown = json.dumps(run_notebook(ROOT / 'nbs/tables/table3_speed.ipynb', given))
     assert FUSED in shown and 'on record' in shown and 'image/png' in shown
     assert before == {p: p.read_bytes() for p in (timed[0] / 'records').iterdir()}
 

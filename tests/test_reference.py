@@ -14,7 +14,7 @@ from cse.config import ConfigError
 from cse.lab.parameters import note_asked, read_asked, run_table, table_records
 from cse.lab.records import load_records, reference_folder, write_packed
 from cse.lab.regenerate import Progress, options_of, planned, print_tables, regenerate, start_over
-from cse.lab.reproduction import band, compare, compare_table
+from cse.lab.reproduction import Spread, band, compare, compare_table
 from cse.lab.reference import promote
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def test_another_experiment_is_no_reproduction(reference, made, change, words):
     changed = json.loads(json.dumps(records))
     for record in changed:
         change(record)
-    cells = compare_table(changed, records, 4, (1., 1.))
+    cells = compare_table(changed, records, 4, Spread(usual=1.))
     assert not any(cell.reproduced for cell in cells) and all(words in cell.note for cell in cells)
 
 

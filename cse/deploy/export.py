@@ -18,7 +18,7 @@ from ..data.files import as_path, check_file, existing_part
 from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
-from ..fast.engines import same_logging
+from ..fast.engines import convert_openvino, same_logging
 from ..detector import Detector
 
 # %% ../../nbs/deploy/01_export.ipynb #c54fdbe2
@@ -65,8 +65,7 @@ def _onnx(network, example, about) -> Callable[[Path], None]:
 def _openvino(network, example, about) -> Callable[[Path], None]:
     "Convert a network; the function that comes back writes it."
     import openvino as ov
-    shape = [-1, *example.shape[1:]]
-    converted = ov.convert_model(network, example_input=example, input=shape)
+    converted = convert_openvino(network, [example])
     converted.inputs[0].set_names({'image'})
     for output, name in zip(converted.outputs, ('score', 'map')): output.set_names({name})
     converted.set_rt_info(json.dumps(about), 'cse')

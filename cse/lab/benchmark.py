@@ -232,7 +232,8 @@ def bank_share(
     repeats: int = 300, # Images
 ) -> tuple[float, float]: # Milliseconds of the extractor; of the memory bank
     "What scores and maps cost in the whole compiled detector."
-    bank = MemoryBank(clusters).fit(torch.rand(clusters, 64, 7, 7))
+    shape = bench.detector.bank.prototypes.shape[1:]
+    bank = MemoryBank(clusters).fit(torch.rand(clusters, *shape))
     head = Head(bench.detector.embedder, bank)
     network = Fused(bench.extractor.model, head).eval()
     run = compile_openvino(network, [bench.image], counters=True)
@@ -385,15 +386,16 @@ def whole_fit(
 def benchmark(
     data: str | Path | None = None, # Folder of categories; the built-in surfaces if not given
     textures: str | Path | None = None, # Folder of textures; built-in ones if not given
-    quick: bool = False, # Leave out what takes minutes
+    quick: bool = False, # Small images, and nothing that takes minutes
 ) -> tuple: # Table as a DataFrame; the `Bench`
     "All ratios."
     import pandas as pd
-    bench = Bench(data, textures=textures)
+    small = dict(resize=96, crop=96) if quick else {}
+    bench = Bench(data, textures=textures, **small)
     rows = training_step(bench, 3 if quick else 8)
     rows += [
         defect_batch(bench),
-        *inference(bench, 45 if quick else 200)]
+        *inference(bench, 15 if quick else 200)]
     rows.append(folder_scoring(bench, 24 if quick else 600))
     rows += engines_agree(bench, 1 if quick else 10)
     if not quick: rows += [folder_memory(bench), whole_fit(bench)]

@@ -106,7 +106,7 @@ def planned(
         else: found |= _planned_runs(number, given, paces)
     return found
 
-# %% ../../nbs/lab/22_regenerate.ipynb #e0d1f9e8
+# %% ../../nbs/lab/22_regenerate.ipynb #53274690
 def time_left(
     plan: dict[str, float], # Name of each record → estimated seconds
     done: set[str], # Names of those that are there
@@ -146,22 +146,24 @@ class Progress:
         return f'{len(done)} of {len(self.plan)} runs done{kept}, {left} left' \
                + (f', about {_words(seconds)}' if left else '')
 
-    def _watch(self, bar, pause):
-        while not self.over.wait(pause): bar.set_description_str(self.line())
+    def _watch(self, show, pause):
+        while not self.over.wait(pause): show(self.line())
 
     @contextmanager
     def shown(self, quiet: bool = False) -> Iterator[None]:
         "Show the line while the block runs; every half minute where there is no terminal."
-        pause = 1. if sys.stderr.isatty() else 30.
-        with tqdm(bar_format='{desc}', file=sys.stderr, disable=quiet) as bar:
-            bar.set_description_str(self.line())
-            thread = threading.Thread(target=self._watch, args=(bar, pause), daemon=True)
+        terminal = sys.stderr.isatty()
+        with tqdm(bar_format='{desc}', file=sys.stderr, disable=quiet or not terminal) as bar:
+            show = bar.set_description_str if terminal else partial(print, file=sys.stderr, flush=True)
+            if quiet: show = str # nowhere
+            thread = threading.Thread(target=self._watch, args=(show, 1 if terminal else 30), daemon=True)
+            show(self.line())
             thread.start()
             try: yield
             finally:
                 self.over.set()
                 thread.join()
-                bar.set_description_str(self.line())
+                show(self.line())
 
 # %% ../../nbs/lab/22_regenerate.ipynb #c56514af
 NOTEBOOKS = {
@@ -239,10 +241,10 @@ def regenerate(
             except GridError as e: failure = str(e)
             yield number, *_made(number, results), failure
 
-# %% ../../nbs/lab/22_regenerate.ipynb #63d0e772
+# %% ../../nbs/lab/22_regenerate.ipynb #f663db8c
 def _completed(options):
     "Options with the folder and the seeds that were not given."
-    given = dict(options)
+    given = dict(settings={}) | options # those of a notebook are for a short demonstration
     folder = runs_folder(given['data'], given['profile'], given.get('extractor', ''))
     given['results'] = str(given['results'] or folder)
     given['seeds'] = given['seeds'] or ('1' if given['profile'] == 'smoke' else '3')
