@@ -98,7 +98,7 @@ def test_another_experiment_is_no_reproduction(reference, made, change, words):
     changed = json.loads(json.dumps(records))
     for record in changed:
         change(record)
-    cells = compare_table(changed, records, 4, Spread(usual=1.))
+    cells = compare_table(changed, records, 4, Spread(seed=1., machine=1.))
     assert not any(cell.reproduced for cell in cells) and all(words in cell.note for cell in cells)
 
 
@@ -118,8 +118,8 @@ def test_scores_that_rank_otherwise_are_told(runs, reference):
 
 def test_two_points_off_everywhere_show_in_the_mean():
     "Each surface alone may differ by two points, their mean may not."
-    alone, _ = band(1.0, [0], [0], 0.6)
-    mean, _ = band(1.0, [0], [0], 0.6, cells=5)
+    alone, _ = band((1., 0.6), [0], [0])
+    mean, _ = band((1., 0.6), [0], [0], cells=5)
     assert alone > 2 > mean
 
 
@@ -131,8 +131,8 @@ def test_a_run_that_is_missing_is_told(runs, reference):
 
 
 def test_other_seeds_have_a_wider_band():
-    same, shared = band(1., [0, 1], [0, 1], 0.5)
-    other, none = band(1., [2, 3], [0, 1], 0.5)
+    same, shared = band((1., 0.5), [0, 1], [0, 1])
+    other, none = band((1., 0.5), [2, 3], [0, 1])
     assert (shared, none) == ([0, 1], []) and other == 2 * same
 
 

@@ -28,10 +28,17 @@ from ..metrics import auroc
 _ALLOWED = 3 # standard deviations
 
 class Spread(NamedTuple):
-    "How far AUROC was measured to be spread."
-    methods: dict[str, float] = {} # Column → standard deviation between seeds, in points
-    usual: float = math.nan # The same over all methods
-    ratio: float = 1. # Spread between machines as a share of that between seeds
+    "Standard deviations of AUROC that were measured, in points, pooled over cells."
+    seeds: dict[str, float] = {} # Column → between seeds
+    machines: dict[str, float] = {} # Column → between machines
+    seed: float = math.nan # Between seeds, over all columns
+    machine: float = math.nan # Between machines, over all columns
+
+    def of(self,
+        method: str, # Column
+    ) -> tuple[float, float]: # Between seeds, between machines
+        "What is known of a method, or else of all."
+        return self.seeds.get(method, self.seed), self.machines.get(method, self.machine)
 
 def _root_mean_square(values): return math.sqrt((values**2).mean())
 
@@ -42,9 +49,11 @@ def measured_spread(
     file = Path(reference).parent/'spread.csv'
     if not file.exists(): return Spread()
     frame = pd.read_csv(file)
-    usual = frame.groupby('varied').sd.apply(_root_mean_square)
-    methods = frame[frame.varied == 'seed'].groupby('method').sd.apply(_root_mean_square)
-    return Spread(dict(methods), usual['seed'], min(1., usual['machine'] / usual['seed']))
+    def pooled(varied, by):
+        some = frame[frame.varied == varied]
+        return some.groupby(by).sd.apply(_root_mean_square).to_dict()
+    usual = [pooled(varied, 'varied')[varied] for varied in ('seed', 'machine')]
+    return Spread(pooled('seed', 'method'), pooled('machine', 'method'), *usual)
 
 def pooled_sd(
     cells: list[list[float]], # Values of the seeds of each cell
@@ -80,17 +89,16 @@ class Cell:
 
 # %% ../../nbs/lab/21_reproduction.ipynb #8491e7e8
 def band(
-    sd: float, # Between seeds
+    sds: tuple[float, float], # Standard deviations between seeds and between machines, in points
     ours: list[int], # Seeds of one side
     reference: list[int], # Seeds of the other
-    ratio: float, # Spread between machines as a share of that between seeds
     cells: int = 1, # Over which the value is a mean
     least: float = 0., # What is allowed in any case
 ) -> tuple[float, list[int]]: # Points of AUROC; the seeds that both have
     "What a difference of means may be by chance."
     shared = sorted(set(ours) & set(reference))
-    if shared: spread = ratio * sd * math.sqrt(2 / len(shared))
-    else: spread = sd * math.sqrt(1 / len(ours) + 1 / len(reference))
+    if shared: spread = sds[1] * math.sqrt(2 / len(shared))
+    else: spread = sds[0] * math.sqrt(1 / len(ours) + 1 / len(reference))
     return max(_ALLOWED * spread / math.sqrt(cells), least), shared
 
 # %% ../../nbs/lab/21_reproduction.ipynb #fbaf36e4
@@ -124,13 +132,15 @@ def obstacle(
     return ''
 
 # %% ../../nbs/lab/21_reproduction.ipynb #b9f21493
-def _deviation(reference, method, table, spread):
-    "Standard deviation between the seeds of a method: that of the reference, or what was measured."
+def _deviations_of(reference, method, table, spread):
+    "Standard deviations of a method: by the seeds of the reference where it has several, or as measured."
     cells = seed_values(reference, table).items()
     seeds = [[v for v, *_ in cell.values()] for (name, category), cell in cells
              if name == method and category != 'mean']
-    sd = pooled_sd(seeds)
-    return spread.methods.get(method, spread.usual) if math.isnan(sd) else sd
+    sd, measured = pooled_sd(seeds), spread.of(method)
+    if math.isnan(sd): return measured
+    ratio = 1. if math.isnan(spread.machine) else min(1., spread.machine / spread.seed)
+    return sd, ratio * sd
 
 def _least(records, categories):
     "What one exchanged pair of images costs a mean over categories, in points."
@@ -151,8 +161,8 @@ def _auroc_cells(ours, reference, table, spread):
         names = [c for m, c in mine if m == method] if category == 'mean' else [category]
         a, b = found[method, category], known[method, category]
         width, seeds = band(
-            _deviation(reference, method, table, spread), list(a), list(b),
-            spread.ratio, len(names), _least(ours, names))
+            _deviations_of(reference, method, table, spread),
+            list(a), list(b), len(names), _least(ours, names))
         pairs = [(mine[method, c], theirs[method, c]) for c in names]
         notes = {obstacle(x[s], y[s] if s in y else min(y.items())[1]) for x, y in pairs for s in x}
         if math.isnan(width): notes.add('no spread between seeds is on record')
