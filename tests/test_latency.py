@@ -93,12 +93,21 @@ def test_what_is_on_record_is_not_measured_again(timed, measured, capsys):
     assert capsys.readouterr().out.count('on record') == 2
 
 
-@pytest.mark.parametrize('change', [
-    dict(force=True), dict(repeats=11), dict(seeds='[1]'), dict(weights='random'),
-    dict(settings=SIZE | dict(engine='torch')), dict(settings=dict(resize=72, crop=64))])
+@pytest.mark.parametrize('change', [dict(force=True), dict(repeats=11), dict(seeds='[1]')])
 def test_other_parameters_are_measured_anew(measured, change):
     with pytest.raises(GridError, match='2 of 2 measurements failed'):
         measured(**change)
+    assert measured.asked == ['cse/as-trained', 'cse/fused']
+
+
+@pytest.mark.parametrize('change', [
+    dict(weights='random'), dict(settings=SIZE | dict(engine='torch')),
+    dict(settings=dict(resize=72, crop=64))])
+def test_other_settings_belong_in_another_folder(measured, tmp_path, change):
+    with pytest.raises(ConfigError, match='expected another folder of results'):
+        measured(**change)
+    with pytest.raises(GridError, match='2 of 2 measurements failed'):
+        measured(**change, results=str(tmp_path))
     assert measured.asked == ['cse/as-trained', 'cse/fused']
 
 
