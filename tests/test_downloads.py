@@ -333,8 +333,7 @@ def test_mvtec_is_complete_with_five_surfaces(tmp_path):
         touch(tmp_path / 'mvtec_ad' / name / 'test/good', good)
         touch(tmp_path / 'mvtec_ad' / name / 'test/cut', bad)
     out, _ = cse_data('mvtec', '--to', tmp_path)
-    four = 'table1_mvtec table3_speed table4_classifier table5_decoder'
-    assert out == f"make tables PROFILE=paper MVTEC={tmp_path}/mvtec_ad TABLES='{four}'"
+    assert out == f"make tables PROFILE=paper MVTEC={tmp_path}/mvtec_ad TABLES='1 3 4 5'"
     (tmp_path / 'mvtec_ad/wood/train/good/001.png').unlink()
     assert 'wood: 246 training' in cse_data('mvtec', '--to', tmp_path, status=2)[1][-1]
     shutil.rmtree(tmp_path / 'mvtec_ad/tile')
@@ -351,7 +350,7 @@ def test_tilda_is_checked_and_not_downloaded(tmp_path):
         for name in names: out.writestr(name, '')
     out, _ = cse_data('tilda', '--to', tmp_path / 'data', '--from', archive)
     folder = tmp_path / 'data/tilda'
-    assert out == f'make tables PROFILE=paper TILDA={folder} TABLES=table2_tilda'
+    assert out == f'make tables PROFILE=paper TILDA={folder} TABLES=2'
     (folder / names[0]).unlink()
     assert f'lacks 1 of 400 frames ({Path(names[0]).name.lower()})' in cse_data(
         'tilda', '--from', folder, status=2)[1][-1]
@@ -372,7 +371,7 @@ def test_make_takes_the_line_as_it_is(tmp_path):
     root = Path(__file__).parent.parent
     plan = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     for path in ('mvtec_ad', 'tilda', 'dtd/images'): assert f"'{tmp_path}/{path}'" in plan
-    assert 'params/paper.yml' in plan
+    assert "--profile 'paper'" in plan
 
 
 @pytest.mark.parametrize('name, package, file', [

@@ -19,7 +19,7 @@ from cse.data.files import check_writable
 from cse.fast.session import SavedState
 from cse.lab.comparison import comparison
 from cse.lab.grid import GridError, grid
-from cse.lab.records import load_records
+from cse.lab.records import RECORD_SCHEMA, load_records
 from cse.lab.runs import METHODS, run
 from cse.training import TrainingError
 
@@ -180,7 +180,7 @@ def test_folder_that_cannot_be_written_is_found_before_the_work(surface, tmp_pat
 DAMAGE = {
     'cut': lambda text: text[:len(text) // 2],
     'empty': lambda text: '',
-    'schema': lambda text: text.replace('"schema": 1', '"schema": 2'),
+    'schema': lambda text: text.replace(f'"schema": {RECORD_SCHEMA}', '"schema": 1'),
     'list': lambda text: '[]',
     'zeros': lambda text: '\x00' * 50,
 }
@@ -193,4 +193,4 @@ def test_damaged_record_is_named_and_not_averaged(undisturbed, tmp_path, damage)
     (tmp_path / 'records' / whole.name).write_text(damage(whole.read_text()))
     with pytest.raises(ValueError, match=whole.name):
         load_records(tmp_path)
-    assert json.loads(whole.read_text())['schema'] == 1
+    assert json.loads(whole.read_text())['schema'] == RECORD_SCHEMA

@@ -361,8 +361,7 @@ def tables_command(
         f'{PUBLISHED[name].variable}={shlex.quote(str(path))}'
         for name, path in paths.items()
     ]
-    if 'mvtec' not in paths and 'tilda' in paths: words.append('TABLES=table2_tilda')
+    if 'mvtec' not in paths and 'tilda' in paths: words.append('TABLES=2')
     if 'mvtec' in paths and 'tilda' not in paths:
-        others = 'table1_mvtec table3_speed table4_classifier table5_decoder'
-        words.append(f'TABLES={shlex.quote(others)}')
+        words.append("TABLES='1 3 4 5'")
     return ' '.join(['make tables PROFILE=paper', *words])

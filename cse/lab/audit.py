@@ -244,7 +244,7 @@ def check_records_of(
 ) -> tuple[dict[str, dict], list[Finding], int]: # Place → usable record; findings; how many
     "Check every record of a folder by itself."
     usable, findings, count = {}, [], 0
-    for file in sorted((Path(results)/'records').glob('*.json*')):
+    for file in sorted((Path(results)/'records').glob('[!.]*.json*')):
         for name, stem, text in _lines(file):
             count += 1
             record, found = check_record(text, stem)
@@ -506,7 +506,7 @@ def result_folders(
 ) -> list[Path]: # Those with records
     "The folders of results at a place. Raises `ConfigError` if there is none."
     places = [Path(results), *sorted(Path(results).glob('*/'))]
-    found = [p for p in places if any((p/'records').glob('*.json*'))]
+    found = [p for p in places if any((p/'records').glob('[!.]*.json*'))]
     if found: return found
     raise ConfigError(f'{results}: holds no records; expected a folder of results, or of several')
 

@@ -160,7 +160,7 @@ def named_records(
 ) -> dict[str, dict]: # Place of each record in the folder → the record
     "All records of a folder by their files, those of one file by their keys too."
     found = {}
-    for file in sorted((Path(results)/'records').glob('*.json*')):
+    for file in sorted((Path(results)/'records').glob('[!.]*.json*')): # hidden ones are being written
         name = f'records/{file.name}'
         if file.suffix == '.json':
             found[name] = read_record(file)

@@ -115,7 +115,7 @@ def _timing_facts(record):
 def _method(record):
     "The method in words, with the decoder mode where it is not the usual one."
     name = column_name(record, PUBLISHED[3 if is_timing(record) else 1])
-    decoder = record['config']['decoder']
+    decoder = record['config'].get('decoder')
     is_usual = record['method'] != 'cse' or decoder == Config().decoder
     return name if is_usual else f'{name}, decoder {decoder}'
 
