@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .config import Config
-from .data.seeds import seed_for
+from .data.seeds import seed_for, seeded_weights
 from .model import Embedder
 from .training import Features, make_embedder
 from .fast.model import FastEmbedder, FoldedEmbedder
@@ -25,8 +25,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         dim = embedder.blocks[-1][0].out_channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(seed, 'classifier'))
+        with seeded_weights(seed_for(seed, 'classifier')):
             self.embedder, self.unit = embedder, nn.Linear(dim, 1)
 
     def forward(self,

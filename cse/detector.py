@@ -9,7 +9,7 @@ __all__ = ['Estimator', 'Detector', 'member_tensors', 'member_from', 'check_extr
 import hashlib, operator
 from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
 from .config import Config, ConfigError, digest, fingerprint, from_profile
@@ -18,6 +18,7 @@ from .data.timing import Stopwatch
 from .data.files import check_writable
 from .data.good_images import brightest, good_images, images_hash, warn_if_nearly_black
 from .data.model_files import ModelError, read_model, write_model
+from .data.seeds import seeded_weights
 from .data.textures import Textures
 from .model import Embedder
 from .scoring import MemoryBank
@@ -28,6 +29,7 @@ from .fast.cache import FeatureCache
 from .fast.model import FastEmbedder
 from .fast.head import Head
 from .fast.pairs import CachedPairs, check_maps
+from .fast.scikit_learn import SklearnMixin, labelled_good
 from .fast.scorer import Scorer
 from .fast.session import Session
 
@@ -40,7 +42,7 @@ def _check_arguments(config, seed) -> tuple[Config, int]:
     except TypeError: raise ConfigError(f'seed={seed!r}: expected a whole number') from None
 
 # %% ../nbs/08_detector.ipynb #b0c1d2e3
-class Estimator(Scorer):
+class Estimator(Scorer, SklearnMixin):
     "Settings of a detector, and what is known about its fit, as in scikit-learn."
     config_class: ClassVar[type[Config]] = Config # Class of its configuration
     default_profile: ClassVar[str] = 'paper' # Of a detector that is given no configuration
@@ -66,17 +68,6 @@ class Estimator(Scorer):
         on = f' on {self.fitted_on["images"]} images' if self.fitted_on else ''
         epochs = f', epoch {self.best_epoch + 1} of {len(self.history)}' if self.history else ''
         return f'{about}: fitted{on}{epochs}' + ', interrupted' * self.interrupted
-
-    def get_params(self, deep: bool = True) -> dict:
-        "As in scikit-learn, whose `clone` copies a detector without what it learned."
-        return dict(config=self.config, textures=self.textures, seed=self.seed)
-
-    def set_params(self, **params) -> Self:
-        "As in scikit-learn. A change makes the detector forget what it has learned."
-        for name in params.keys() - self.get_params().keys():
-            raise ConfigError(f'{name}={params[name]!r}: expected one of config, textures, seed')
-        if params: self.__init__(**self.get_params() | params)
-        return self
 
     def _forget(self, extractor, clock):
         "Start a new fit."
@@ -105,6 +96,7 @@ class Detector(Estimator):
 
     def fit(self,
         images: ImageSource, # Defect-free: a folder, files, N×3×H×W in [0, 1], or a Dataset
+        y: Any = None, # Labels of scikit-learn: 0 good, 1 defective and not trained on
         progress: bool = True, # Show bars
         folder: str | Path | None = None, # Where training is saved and resumed, and the result
     ) -> Self:
@@ -113,7 +105,7 @@ class Detector(Estimator):
         Images of every kind are resized and cropped, but for `Images(…, prepared=True)`. Bad images,
         textures, weights and settings raise before training. Ctrl-C ends it with the best weights."""
         config, clock = self.config, Stopwatch()
-        images = good_images(images, config)
+        images = labelled_good(good_images(images, config), y)
         if folder and not hasattr(self, 'save'):
             name = type(self).__name__
             raise ConfigError(f'folder={str(folder)!r}: a {name} cannot be saved; '
@@ -170,7 +162,8 @@ def member_from(
     "An embedder and its memory bank. Raises `ModelError` where the tensors do not fit."
     config, device = detector.config, detector.extractor.device
     channels = detector.extractor.channels[-len(config.layers):]
-    embedder, bank = FastEmbedder(channels, config.embedding_dim), MemoryBank.from_config(config)
+    with seeded_weights(0): embedder = FastEmbedder(channels, config.embedding_dim)
+    bank = MemoryBank.from_config(config)
     prefix = f'embedder{name}.'
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     try:

@@ -13,6 +13,7 @@ from typing import Self
 import timm, torch
 from torch import nn
 from .config import Config, ConfigError
+from .data.seeds import seeded_weights
 
 # %% ../nbs/03_extractor.ipynb #d0ba05b8
 class WeightsError(RuntimeError):
@@ -59,9 +60,7 @@ def _packaged(name, layers):
 # %% ../nbs/03_extractor.ipynb #3214ed96
 def _seeded_model(name, seed=0, **kw):
     "A network whose random weights depend on the seed alone."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return timm.create_model(name, **kw)
+    with seeded_weights(seed): return timm.create_model(name, **kw)
 
 def _left_random(one, two) -> list[str]:
     "Names of the tensors in which two networks differ."
@@ -139,7 +138,7 @@ def load_model(
     if name.split('.')[0] not in timm.list_models():
         raise ConfigError(
             f'extractor={name!r}: timm has no such model; see timm.list_models()')
-    model, path = _checked_load(name, weights, layers)
+    with seeded_weights(0): model, path = _checked_load(name, weights, layers)
     origin = dict(
         name=name,
         weights=weights if weights in _PLACES else 'file',

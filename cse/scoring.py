@@ -126,7 +126,9 @@ class Scores:
     def __len__(self) -> int: return len(self.image)
 
     def __getitem__(self,
-        rows: slice, # Which images
-    ) -> Self: # Their scores
+        rows: int | slice | list | np.ndarray, # Which images: one, some, a mask, an order
+    ) -> Self: # Their scores; N is 1 for one image
+        rows = np.arange(len(self))[rows].reshape(-1)
         coarse = None if self.coarse is None else self.coarse[rows]
-        return type(self)(self.image[rows], coarse, self.size, self.paths and self.paths[rows])
+        paths = self.paths and [self.paths[i] for i in rows]
+        return type(self)(self.image[rows], coarse, self.size, paths)

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import nn
 from .config import Config
-from .data.seeds import seed_for, seeded, split
+from .data.seeds import seed_for, seeded, seeded_weights, split
 from .defects import DefectGenerator
 from .extractor import FeatureExtractor
 from .model import Decoder, Embedder, freeze
@@ -192,9 +192,7 @@ class TrainingError(RuntimeError):
 
 def _initialised(make, seed, purpose):
     "A module whose initial weights depend on the seed and the purpose alone."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, purpose))
-        return make()
+    with seeded_weights(seed_for(seed, purpose)): return make()
 
 def make_embedder(
     channels: list[int], # One a feature map

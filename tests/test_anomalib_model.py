@@ -1,4 +1,6 @@
 "CSE as a model of anomalib: same scores as the library, after a checkpoint and after export."
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from cse.config import ConfigError  # noqa: E402
 from cse.data.images import DataError, Images  # noqa: E402
 from cse.extractor import WeightsError  # noqa: E402
 from cse.baselines.anomalib import quiet  # noqa: E402
+from together import in_threads  # noqa: E402
 
 with quiet():
     from anomalib.data import Folder, ImageBatch
@@ -138,15 +141,37 @@ def test_an_exported_model_scores_the_same(fitted, root, tmp_path):
     assert found.anomaly_map.shape == (6, 1, 96, 96)
 
 
-def test_onnx_and_openvino_score_the_same(root, engine, tmp_path):
+def test_onnx_and_openvino_score_the_same(root, engine, tmp_path, monkeypatch):
+    "The file of OpenVINO in float32, also where it is compiled for bfloat16."
     pytest.importorskip('onnxscript', reason="not installed: pip install 'anomalib[openvino]'")
     import openvino as ov
     with quiet():
         model = Cse(**RAW, extractor='resnet10t', weights='random')
         engine.fit(model, datamodule=data(root))
-        path = engine.export(model, 'onnx', export_root=tmp_path, input_size=(256, 256))
-    compiled = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    assert np.abs(compiled(whole(root).numpy())['pred_score'] - scores(model, engine, root)).max() < 1e-4
+        onnx = engine.export(model, 'onnx', export_root=tmp_path, input_size=(256, 256))
+        monkeypatch.setattr(model, 'to_onnx', lambda *args, **options: onnx)
+        xml = engine.export(model, 'openvino', export_root=tmp_path, input_size=(256, 256))
+    expected = scores(model, engine, root)
+    for path, precision in ((onnx, 'f32'), (xml, 'f32'), (xml, 'bf16')):
+        compiled = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': precision})
+        found = compiled(whole(root).numpy())['pred_score']
+        assert np.abs(found - expected).max() < 1e-4 * expected.max()
+
+
+def test_several_threads_get_the_scores_of_their_own_images(fitted):
+    model = fitted[0].eval().model
+    sets = [torch.rand(n, 3, 96, 96, generator=torch.Generator().manual_seed(n)) for n in (1, 2, 3, 5)]
+    with torch.no_grad(): expected = [model(batch).pred_score for batch in sets]
+    wrong = []
+
+    @torch.no_grad()
+    def work(first):
+        for i in range(first, first + 4):
+            found = model(sets[i % 4]).pred_score
+            if not torch.equal(found, expected[i % 4]): wrong.append(i)
+
+    in_threads(*(partial(work, first) for first in range(8)))
+    assert wrong == []
 
 
 @pytest.mark.parametrize('image, label, message', [

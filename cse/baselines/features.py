@@ -10,7 +10,7 @@ import random
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ..data.images import ImageSource
 from ..data.timing import Stopwatch
 from ..detector import Detector
 from ..fast.engines import FastExtractor
+from ..fast.scikit_learn import labelled_good
 from ..fast.cache import FeatureCache
 
 # %% ../../nbs/baselines/01_features.ipynb #0ad0d424
@@ -48,10 +49,11 @@ class FeatureDetector(Detector):
 
     def fit(self,
         images: ImageSource, # Defect-free
+        y: Any = None, # As for `CSE.fit`
         progress: bool = True, # Show bars
     ) -> Self:
         "Fit on defect-free images, as `CSE.fit`. Raises for bad images or weights before it trains."
-        images, clock = good_images(images, self.config), Stopwatch()
+        images, clock = labelled_good(good_images(images, self.config), y), Stopwatch()
         with clock('load'): extractor = FastExtractor.from_config(self.config)
         cache = FeatureCache(images, extractor, self.config, clock, progress)
         self._forget(extractor, clock)

@@ -6,6 +6,7 @@
 __all__ = ['resized_shape', 'Resized', 'Cropped', 'resize_matrix', 'Preparation', 'CseModel', 'ImageCollector', 'Cse']
 
 # %% ../../nbs/deploy/02_anomalib_model.ipynb #24e94fe4
+import logging
 from pathlib import Path
 from typing import Any
 import torch
@@ -15,6 +16,7 @@ from torchvision.transforms.v2.functional import crop, resize
 from torchvision.tv_tensors import Mask
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, DynamicBufferMixin
 from anomalib.pre_processing import PreProcessor
@@ -23,6 +25,7 @@ from ..config import Config, ConfigError, from_profile
 from ..data.images import DataError, Images
 from ..detector import CSE
 from ..extractor import FeatureExtractor
+from .float32 import keep_float32
 from ..fast.head import FastBank
 from ..fast.model import FoldedEmbedder
 from ..model import Embedder
@@ -329,3 +332,19 @@ class Cse(ImageCollector, AnomalibModule):
     ) -> Batch: # The same with scores and maps
         "Score a batch for anomalib's thresholds."
         return batch.update(**self.model(batch.image)._asdict())
+
+    def to_openvino(self,
+        export_root: Path | str, # Folder
+        model_file_name: str = 'model', # Without an ending
+        input_size: tuple[int, int] | None = None, # None for any size
+        compression_type: CompressionType | None = None, # As in anomalib
+        **options: Any, # As in anomalib
+    ) -> Path: # The file
+        "The file of anomalib, computed in float32 unless it is compressed or its size is free."
+        path = super().to_openvino(
+            export_root, model_file_name, input_size, compression_type, **options)
+        if compression_type is None: keep_float32(path)
+        if input_size is None:
+            logging.getLogger(__name__).warning(
+                f"{path}: takes images of any size; compile it with INFERENCE_PRECISION_HINT='f32'")
+        return path

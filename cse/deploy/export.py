@@ -15,11 +15,13 @@ import numpy as np, torch
 from torch import nn
 from ..config import ConfigError
 from ..data.files import as_path, check_file, existing_part
+from ..data.forks import between_forks
 from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
-from ..fast.engines import convert_openvino, same_logging
+from ..fast.engines import compile_network, convert_openvino, same_logging
 from ..detector import Detector
+from .float32 import save_float32
 
 # %% ../../nbs/deploy/01_export.ipynb #c54fdbe2
 class Whole(nn.Module):
@@ -62,14 +64,27 @@ def _onnx(network, example, about) -> Callable[[Path], None]:
     onnx.helper.set_model_props(model, {'cse': json.dumps(about)})
     return lambda path: onnx.save(model, path)
 
+def _warn_bfloat16(path, images, expected):
+    "Warn where scores differ if OpenVINO chooses bfloat16."
+    found = compile_network(path, 'bfloat16')(images.numpy())['score']
+    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if difference <= TOLERANCE: return
+    logging.getLogger(__name__).warning(
+        f"{path.name}: scores differ by {difference:.1e} where OpenVINO computes in bfloat16; "
+        "compile it with INFERENCE_PRECISION_HINT='f32', as `run_exported` does")
+
 def _openvino(network, example, about) -> Callable[[Path], None]:
     "Convert a network; the function that comes back writes it."
-    import openvino as ov
     converted = convert_openvino(network, [example])
     converted.inputs[0].set_names({'image'})
     for output, name in zip(converted.outputs, ('score', 'map')): output.set_names({name})
     converted.set_rt_info(json.dumps(about), 'cse')
-    return lambda path: ov.save_model(converted, path, compress_to_fp16=False)
+    with torch.no_grad(): expected = network(example)[0].numpy()
+
+    def save(path):
+        save_float32(converted, path)
+        _warn_bfloat16(path, example, expected)
+    return save
 
 # %% ../../nbs/deploy/01_export.ipynb #1b31b26b
 def _in_range(images):
@@ -91,15 +106,14 @@ def run_exported(
 
     Raises `DataError` for values that are neither uint8 nor floats in [0, 1]."""
     path, images = as_path(path, 'path'), _in_range(np.asarray(images))
-    if path.suffix == '.onnx':
-        import onnxruntime
-        network = path.read_bytes() # its name may be no text
-        session = onnxruntime.InferenceSession(network, providers=['CPUExecutionProvider'])
-        return tuple(session.run(['score', 'map'], {'image': images}))
-    import openvino as ov
-    network = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    found = network(images)
-    return tuple(np.array(found[name]) for name in ('score', 'map'))
+    with between_forks():
+        if path.suffix == '.onnx':
+            import onnxruntime
+            network = path.read_bytes() # its name may be no text
+            session = onnxruntime.InferenceSession(network, providers=['CPUExecutionProvider'])
+            return tuple(session.run(['score', 'map'], {'image': images}))
+        found = compile_network(path)(images)
+        return tuple(np.array(found[name]) for name in ('score', 'map'))
 
 # %% ../../nbs/deploy/01_export.ipynb #b8a2e694
 def _chosen_format(path, to) -> str:

@@ -284,7 +284,7 @@ def evaluation(
 ) -> dict: # Name → value; images that cannot be read are counted and left out
     "Every figure of a detector on labelled test images."
     masks, told = _masks(category, detector.config) # read before the work is done
-    scores = detector.score(category.test, progress)
+    scores = detector.score(category.test, progress=progress)
     read = ~np.isnan(scores.image)
     labels, values = category.labels[read], scores.image[read]
     figures = image_figures(labels, values)

@@ -6,16 +6,18 @@
 __all__ = ['CalibrationError', 'Calibration', 'Decisions', 'Calibrated', 'CalibratedCSE']
 
 # %% ../../nbs/extensions/01_calibration.ipynb #26c39943
-import logging, math
+import logging, math, threading
 from numbers import Integral
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 import numpy as np, torch
 from ..config import ConfigError
 from ..data.images import DataError, ImageSource, as_images
 from ..data.good_images import (
     find_copies, good_images, image_hash, image_hashes, small_pictures)
+from ..data.forks import between_forks
 from ..data.seeds import seeded, split
+from ..fast.scikit_learn import labelled_good
 from ..detector import CSE
 
 # %% ../../nbs/extensions/01_calibration.ipynb #de73db97
@@ -134,13 +136,22 @@ class Decisions:
 
         Raises `CalibrationError` for a rate that cannot be promised, and `DataError` for an
         unreadable image."""
-        self.calibrated().allowed(alpha)
+        calibration = self.calibrated() # another thread may calibrate anew
+        calibration.allowed(alpha)
         found = self.score(images)
         lost = np.flatnonzero(np.isnan(found.image))
         if len(lost):
             name = found.paths[lost[0]] if found.paths else f'image {lost[0]}'
             raise DataError(f'{name}: cannot be read; expected images that can be decided on')
-        return self.calibration.flags(found.image, alpha).astype(int)
+        return calibration.flags(found.image, alpha).astype(int)
+
+    def decision_function(self,
+        images: ImageSource, # As for `score`
+        alpha: float = 0.05, # False-alarm rate
+    ) -> np.ndarray: # N values; NaN for an image that cannot be read
+        "Score minus threshold: positive where `predict` gives 1. Raises `CalibrationError`."
+        threshold = self.calibrated().threshold(alpha)
+        return self.score(images).image.astype(np.float64) - threshold
 
 # %% ../../nbs/extensions/01_calibration.ipynb #d0d1d2d4
 def _hold_out(images, share, seed):
@@ -152,6 +163,8 @@ def _hold_out(images, share, seed):
     return images.subset(fitted), images.subset(kept)
 
 # %% ../../nbs/extensions/01_calibration.ipynb #0fb326fe
+_settling = threading.Lock() # a calibration and what it has seen belong together
+
 def _traces(images) -> tuple[list[str], torch.Tensor]:
     "Hashes and small pictures of images. Every image is read."
     hashes, pictures = [], []
@@ -185,21 +198,22 @@ class Calibrated(Decisions):
 
     def fit(self,
         images: ImageSource, # Defect-free: a folder, files, N×3×H×W in [0, 1], or a Dataset
+        y: Any = None, # As for `CSE.fit`
         progress: bool = True, # Show bars
         held_out: float = 0, # Share of the images kept for a calibration, drawn by the seed
         folder: str | Path | None = None, # As for `CSE.fit`
     ) -> Self:
         "Fit, and calibrate with held-out images. Takes images and raises as `CSE.fit`."
-        images = good_images(images, self.config)
+        images = labelled_good(good_images(images, self.config), y)
         fitted, kept = _hold_out(images, held_out, self.seed)
-        if not kept: return super().fit(images, progress, folder)
+        if not kept: return super().fit(images, None, progress, folder)
         try: self.check(len(fitted))
         except DataError as e:
             kept = f'held_out={held_out} keeps {len(kept)} of the {len(images)} images'
             raise DataError(f'{e}; {kept}') from e
         paths = fitted.paths and fitted.paths + kept.paths
         self._kept = paths, kept, *_traces(kept) # reads every image before any work is done
-        try: return super().fit(fitted, progress, folder)
+        try: return super().fit(fitted, None, progress, folder)
         finally: self._kept = None
 
     def _forget(self, *args):
@@ -234,8 +248,9 @@ class Calibrated(Decisions):
         return self._calibrate(images, hashes, progress)
 
     def _calibrate(self, images, hashes, progress=False):
-        self.calibration = Calibration(self.score(images, progress).image)
-        self.seen = self.seen | dict(calibrated=hashes)
+        calibration = Calibration(self.score(images, progress=progress).image)
+        seen = self.seen | dict(calibrated=hashes)
+        with between_forks(), _settling: self.calibration, self.seen = calibration, seen
         return self
 
     def took_part(self,
@@ -250,8 +265,9 @@ class Calibrated(Decisions):
 
     def about(self) -> dict:
         "What `model.json` holds, the calibration included."
-        scores = self.calibration and self.calibration.scores.tolist()
-        return super().about() | dict(seen=self.seen, calibration=scores)
+        with between_forks(), _settling: calibration, seen = self.calibration, self.seen
+        scores = calibration and calibration.scores.tolist()
+        return super().about() | dict(seen=seen, calibration=scores)
 
     def restore(self, about: dict, tensors: dict):
         "Take up a saved detector, its calibration included."

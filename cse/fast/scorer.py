@@ -7,11 +7,12 @@ __all__ = ['Scorer']
 
 # %% ../../nbs/fast/08_scorer.ipynb #22847dd9
 import logging
-from typing import Self
+from typing import Any, Self
 import numpy as np, torch
 from torch import nn
 from tqdm import tqdm
 from ..config import ConfigError
+from ..data.forks import between_forks
 from ..data.good_images import brightest, warn_if_nearly_black
 from ..data.images import DataError, ImageSource, as_images
 from ..data.seeds import seeded
@@ -60,12 +61,14 @@ class Scorer:
     ) -> tuple[torch.Tensor, torch.Tensor]: # N scores; N×h×w coarse maps
         "Score a batch that is prepared already."
         self._ready()
-        if self._whole: return self._whole(images.to(self.extractor.device, torch.float32))
-        if self._head is None: self._head = self.head()
-        return self._head(*self.extractor(images))
+        with between_forks():
+            if self._whole: return self._whole(images.to(self.extractor.device, torch.float32))
+            if self._head is None: self._head = self.head()
+            return self._head(*self.extractor(images))
 
     def score(self,
         images: ImageSource, # A folder, files, N×3×H×W in [0, 1], a Dataset, or `Images`
+        y: Any = None, # Not used; scikit-learn passes labels
         progress: bool = False, # Show a bar
         batch_size: int = 16, # Images that pass together
     ) -> Scores: # Scores, coarse maps and paths, in the order of the images
@@ -78,7 +81,9 @@ class Scorer:
         self._ready()
         images = as_images(images, self.config)
         errors, collected, start, light = {}, None, 0, []
-        bar = tqdm(total=len(images), desc='scoring', unit='image', disable=not progress, leave=False)
+        with between_forks():
+            bar = tqdm(total=len(images), desc='scoring', unit='image',
+                       disable=not progress, leave=False)
         with bar:
             for batch in images.batches(batch_size, errors=errors):
                 found = [t.cpu().numpy() for t in self.score_batch(batch)]
