@@ -1,6 +1,8 @@
 "Engines, caches and folders: what goes wrong there ends in a message and a documented fall-back."
 import logging
 import os
+import signal
+import subprocess
 import sys
 from functools import partial
 
@@ -244,3 +246,23 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(cse.extractor, 'pick_device', lambda device: torch.device('meta'))
     with pytest.raises(ValueError, match="engine='openvino' runs on the CPU"):
         FastExtractor.from_config(Config.smoke(engine='openvino'))
+
+
+SIGNAL_AFTER_TWO_NETWORKS = '''
+import signal
+import torch
+from torch import nn
+from cse.fast.engines import compile_openvino
+first, second = (compile_openvino(nn.Linear(3, 2), [torch.ones(1, 3)]) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print('handled'))
+signal.raise_signal(signal.SIGUSR1)
+'''
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of POSIX only')
+def test_signals_arrive_after_networks_are_freed():
+    "Two cores of OpenVINO, freed in the order in which they were made, leave no stack for signals."
+    ended = subprocess.run([sys.executable, '-c', SIGNAL_AFTER_TWO_NETWORKS], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, 'handled\n'), ended.stderr

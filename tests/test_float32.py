@@ -13,7 +13,7 @@ from cse import CSE, Config, HybridConfig, HybridCSE
 from cse.baselines.features import MeanDistance
 from cse.classifier import ClassifierDetector
 from cse.deploy.export import export, run_exported
-from cse.fast.engines import compile_network, convert_openvino
+from cse.fast.engines import compile_network, convert_openvino, openvino_core
 from together import SETTINGS, images
 
 SOURCES = {p: p.read_text() for p in (Path(__file__).parent.parent / 'cse').rglob('*.py')}
@@ -33,7 +33,7 @@ def lowered(compiled):
 
 def for_bfloat16(path):
     "A file as it is compiled on a processor with bfloat16 by who asks for nothing."
-    return ov.Core().compile_model(path, 'CPU', dict(INFERENCE_PRECISION_HINT='bf16'))
+    return openvino_core().compile_model(path, 'CPU', dict(INFERENCE_PRECISION_HINT='bf16'))
 
 
 @pytest.fixture(scope='module')

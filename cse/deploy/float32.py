@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 import numpy as np
-from openvino import Core, Model, Type, opset1, save_model
+from openvino import Model, Type, opset1, save_model
 from openvino._offline_transformations import apply_moc_transformations
 from openvino.utils.node_factory import NodeFactory
+from ..fast.engines import openvino_core
 
 # %% ../../nbs/deploy/00_float32.ipynb #b74ed434
 def _constant(value) -> np.ndarray | None:
@@ -90,6 +91,6 @@ def keep_float32(
     "Let a file be computed in float32 wherever it is compiled."
     with TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder)/path.name
-        save_float32(Core().read_model(path), made)
+        save_float32(openvino_core().read_model(path), made)
         for ending in ('.bin', '.xml'):
             made.with_suffix(ending).replace(path.with_suffix(ending))
