@@ -13,7 +13,8 @@ from cse.cli import app
 from cse.config import Config, fingerprint
 from cse.data.folders import category_fingerprint, load_category, prepare_masks, read_masks
 from cse.data.good_images import good_images
-from cse.data.images import IMAGE_SUFFIXES, DataError, Images, as_image, image_files, read_image
+from cse.data.images import Images, as_image, read_image
+from cse.data.reading import IMAGE_SUFFIXES, DataError, image_files
 from cse.deploy.export import _in_range
 from cse.deploy.inspection import evaluation
 from cse.detector import CSE

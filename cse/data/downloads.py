@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 from .files import check_writable, existing_part
 from .folders import MVTEC_COUNTS, categories, load_category, published_name
-from .images import DataError, image_files
+from .reading import DataError, image_files
 
 # %% ../../nbs/data/11_downloads.ipynb #e3fd66e5
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from ..config import TILDA_FABRICS, Config
 from .files import cache_folder, replacing
-from .images import IMAGE_SUFFIXES, DataError, Images, existing_folder, files_below
-from .images import image_files, read_image, resize, resize_crop
+from .reading import IMAGE_SUFFIXES, DataError, existing_folder, files_below, image_files
+from .images import Images, read_image, resize, resize_crop
 from .seeds import seed_for
 
 # %% ../../nbs/data/05_folders.ipynb #4365e0f1
