@@ -95,7 +95,7 @@ def _keep():
 # %% ../../nbs/data/00_forks.ipynb #96646bf0
 def _before_fork():
     between_forks.before()
-    if between_forks.used: end_openmp_threads()
+    if between_forks.used and 'torch' in sys.modules: end_openmp_threads()
 
 def _in_child():
     between_forks.reset()
