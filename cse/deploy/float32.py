@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 import numpy as np
+from ..fast.openvino import load_openvino, openvino_core
+load_openvino() # reports nothing, unlike the imports that follow
 from openvino import Model, Type, opset1, save_model
 from openvino._offline_transformations import apply_moc_transformations
 from openvino.utils.node_factory import NodeFactory
-from ..fast.openvino import openvino_core
 
 # %% ../../nbs/deploy/00_float32.ipynb #b74ed434
 def _constant(value) -> np.ndarray | None:

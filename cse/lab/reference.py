@@ -133,7 +133,7 @@ What this project ran, and quotes. Each folder holds
 - `notebooks`: executed by papermill; those of runs up to 2026-11-22 from the records, without computing anew.
 
 `spread.csv` says how far AUROC is spread between seeds (CSE, seeds 0 to 2, on `surfaces` and two built-in
-textiles), and between machines: the reference, one thread, AVX2 instructions, and PyTorch instead of OpenVINO.
+textiles), and between machines: the reference, one thread, AVX2 instructions, or PyTorch for OpenVINO.
 `make spread` measures it anew.
 
 `cse audit results/reference` checks all of it.
