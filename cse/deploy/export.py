@@ -294,7 +294,8 @@ _DECISION = '''Decisions come from $count good images that took no part in fitti
 | median of the good images | $usual |
 | relative score | (score − median) / (threshold − median): 0 is usual, 1 is the threshold |
 $map'''
-_UNDECIDED = '''The detector is not calibrated, so there is no threshold. Calibrate it (`cse calibrate`) and export it again.'''
+_UNDECIDED = '''The detector is not calibrated, so there is no threshold.
+Calibrate it (`cse calibrate`), and export it again.'''
 
 # %% ../../nbs/deploy/01_export.ipynb #5e0a1c06
 def _sha256(path) -> str:

@@ -140,7 +140,7 @@ class Journal:
 
     def __contains__(self, image: Arrival) -> bool: return hash(image.identity) in self.known
 
-# %% ../../nbs/deploy/09_watch.ipynb #7b259f97
+# %% ../../nbs/deploy/09_watch.ipynb #8791f7b3
 AT_ONCE = 1000 # images that one look takes up; the others wait in the folder
 
 def _age(image) -> tuple: return image.written, image.path
@@ -188,10 +188,11 @@ class Inbox:
 
     @property
     def is_done(self) -> bool:
-        "Whether everything that the last look found is done."
-        return all(hash(identity) in self.journal.known for identity in self.waiting.values())
+        "Whether the last look found everything there is, and all of it is done."
+        done = [hash(identity) in self.journal.known for identity in self.waiting.values()]
+        return len(done) < AT_ONCE and all(done)
 
-# %% ../../nbs/deploy/09_watch.ipynb #99d09abf
+# %% ../../nbs/deploy/09_watch.ipynb #b535e5d2
 def _free_name(target: Path) -> Path:
     "An empty file of a new name."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,6 +239,7 @@ def link_image(
         os.replace(link, target)
     except OSError:
         target.unlink()
+        link.unlink(missing_ok=True)
         raise
     return target
 
