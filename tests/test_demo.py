@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from cse.cli import app
 from cse.config import Config, ConfigError
 from cse.data.images import read_image, resize_crop
 from cse.data.reading import DataError
@@ -156,10 +158,12 @@ def test_places_where_no_page_can_be_served(monkeypatch):
     monkeypatch.setattr(demo, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='cse.demo'):
         demo.check_demo('127.0.0.1', port)
+    done = CliRunner().invoke(app, ['demo', 'wood.cse', '--port', str(port)])
+    assert done.exit_code == 2 and "pip install 'cse[demo]'" in done.stderr
 
 
 def test_every_answer_carries_the_policy():
-    async def app(scope, receive, send):
+    async def answer(scope, receive, send):
         await send(dict(type='http.response.start', status=200, headers=[(b'a', b'b')]))
         await send(dict(type='http.response.body', body=b''))
 
@@ -168,7 +172,7 @@ def test_every_answer_carries_the_policy():
     async def send(message):
         sent.append(message)
 
-    asyncio.run(demo._with_policy(app)({}, None, send))
+    asyncio.run(demo._with_policy(answer)({}, None, send))
     headers = dict(sent[0]['headers'])
     assert headers[b'a'] == b'b' and b"default-src 'self'" in headers[b'content-security-policy']
     assert sent[1] == dict(type='http.response.body', body=b'')

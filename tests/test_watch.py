@@ -2,9 +2,12 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +27,7 @@ from cse.deploy.watch import (
 from cse.extensions.decisions import Calibration
 
 GOOD, DEFECTIVE = 100, 250
+KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 0))
 
 
 def score(paths, progress=False):
@@ -515,3 +519,43 @@ def test_what_the_command_refuses(line, run, monkeypatch, tmp_path, words, messa
     assert message in run(line.folder, '--once', *words, status=2).stderr
     run.detector.calibration = None
     assert 'not calibrated' in run(line.folder, '--once', '--link', 'l', status=2).stderr
+
+
+# --- a process that is killed, in `make robustness`
+
+FAKE = """
+import sys
+from types import SimpleNamespace
+import numpy as np
+import cse.deploy.commands
+from cse.cli import app
+from cse.extensions.decisions import Calibration
+
+def score(paths):
+    return SimpleNamespace(image=np.full(len(paths), 0.9))
+
+fake = SimpleNamespace(score=score, calibration=Calibration(np.linspace(0.1, 0.5, 40)))
+cse.deploy.commands._load = lambda *_: fake
+app(['watch', 'wood.cse', *sys.argv[1:], '--every', '0.01', '--once'])
+"""
+
+
+@pytest.mark.skipif(not KILLS, reason='runs in `make robustness`')
+def test_a_process_that_is_killed_loses_no_image(line, tmp_path):
+    flagged, rows, kills = tmp_path / 'flagged', [], 0
+    for i in range(600):
+        line.write(f'{i}.bmp', renamed=True)
+    command = sys.executable, '-c', FAKE, line.folder, '--move', flagged
+    for stop in [*random.Random(0).choices(range(1, 60), k=KILLS), 1000]:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            while text := process.stdout.readline():
+                rows.append(json.loads(text)['path'])
+                stop -= 1
+                if not stop:
+                    process.kill()
+                    kills += 1
+            assert process.wait() == (0 if stop > 0 else -9)
+    counts = Counter(rows)
+    assert kills == KILLS and len(counts) == 600 and max(counts.values()) <= 2
+    assert sum(counts.values()) - 600 <= kills
+    assert len(list(flagged.glob('*.bmp'))) == 600

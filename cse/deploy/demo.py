@@ -235,7 +235,7 @@ def page(
         rate.change(again, [state, rate], outputs, **quiet)
     return blocks
 
-# %% ../../nbs/deploy/10_demo.ipynb #b0d00709
+# %% ../../nbs/deploy/10_demo.ipynb #148735e5
 POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
           "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
           "font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:")
@@ -287,4 +287,5 @@ def serve(
         app = gr.mount_gradio_app(FastAPI(), page(detector, name), '/', theme=theme, ssr_mode=False,
                                   server_name=host, server_port=port, footer_links=[])
         print(f'http://{host}:{port} shows {name}; Ctrl-C ends', flush=True)
-        uvicorn.run(_with_policy(app), host=host, port=port, log_level='warning')
+        uvicorn.run(_with_policy(app), host=host, port=port, log_level='critical',
+                    timeout_graceful_shutdown=1) # pages that are open do not hold it up
