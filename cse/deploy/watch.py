@@ -279,7 +279,7 @@ def error_row(
     unknown = dict.fromkeys(['score', 'relative_score', 'p_value', 'decision'])
     return dict(time=_now(), path=str(path), **unknown, error=why)
 
-# %% ../../nbs/deploy/09_watch.ipynb #5e30057f
+# %% ../../nbs/deploy/09_watch.ipynb #db4921fe
 BATCH = 16 # images that are scored together
 _FULL = errno.ENOSPC, errno.EDQUOT
 
@@ -310,6 +310,7 @@ def print_line(
 
 def _reason(error) -> str: return error.strerror or str(error)
 
+# %% ../../nbs/deploy/09_watch.ipynb #531206b1
 class Outlet:
     "Where scored images go: a line, the folder of flagged ones, the journal."
     def __init__(self,
@@ -428,7 +429,7 @@ class Watcher:
         if np.isnan(score): return error_row(path, f'{path}: cannot be read; expected an image')
         return None
 
-# %% ../../nbs/deploy/09_watch.ipynb #2787ffb6
+# %% ../../nbs/deploy/09_watch.ipynb #6e7dcb78
 @contextmanager
 def ending() -> Iterator[Callable[[], bool]]: # Tells whether the end was asked for
     "Let SIGTERM and Ctrl-C end a loop; the second one raises `KeyboardInterrupt`."
@@ -441,6 +442,7 @@ def ending() -> Iterator[Callable[[], bool]]: # Tells whether the end was asked 
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
+# %% ../../nbs/deploy/09_watch.ipynb #cd3c5261
 def open_inbox(
     folder: Path, # That images arrive in
     journal: Path | None = None, # The file; `.cse-watch.jsonl` in the folder if not given
@@ -463,6 +465,7 @@ def open_inbox(
                           'expected another file, see --journal') from e
     return inbox
 
+# %% ../../nbs/deploy/09_watch.ipynb #e0044625
 def _seconds(seconds) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -489,6 +492,7 @@ def summary(
     if counts['left']: parts.append(f'{counts["left"]:,} of them not moved or linked')
     return f'{", ".join(parts)} in {_seconds(seconds)}'
 
+# %% ../../nbs/deploy/09_watch.ipynb #ace9766e
 @contextmanager
 def _without_warnings():
     "Silence warnings about images: each line says what there is to say."
