@@ -378,6 +378,30 @@ def test_a_full_disk_under_standard_output(line, capsys):
         line.look()
 
 
+def test_a_line_is_printed_whole_or_its_rest_is_kept(monkeypatch):
+    written, room = bytearray(), [3, None, 0, 4, 1000, 1000]
+
+    class Full:
+        def write(self, data):
+            most = room.pop(0)
+            if most is None:
+                return None  # a pipe that is not read
+            if not most:
+                full_disk()
+            written.extend(data[:most])
+            return len(data[:most])
+
+    stdout = SimpleNamespace(flush=lambda: None, buffer=SimpleNamespace(raw=Full()))
+    monkeypatch.setattr(sys, 'stdout', stdout)
+    emit, failed = module.Printer(), []
+    for text in ('first line', '', '', 'second line'):
+        try:
+            emit(text)
+        except OSError as e:
+            failed.append(e.errno)
+    assert failed == [errno.EAGAIN, errno.ENOSPC] and written == b'first line\nsecond line\n'
+
+
 def test_a_full_disk_under_the_journal(line, monkeypatch, capsys):
     monkeypatch.setattr(Journal, 'write', full_disk)
     for i in range(3):

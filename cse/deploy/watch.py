@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'AT_ONCE', 'BATCH', 'is_temporary', 'Arrival', 'arrivals', 'Journal', 'Inbox', 'move_image', 'link_image',
-           'scale_of', 'image_row', 'error_row', 'Trouble', 'print_line', 'Outlet', 'Watcher', 'ending', 'open_inbox',
+           'scale_of', 'image_row', 'error_row', 'Trouble', 'Printer', 'Outlet', 'Watcher', 'ending', 'open_inbox',
            'beginning', 'summary', 'watch']
 
 # %% ../../nbs/deploy/09_watch.ipynb #63cab606
@@ -279,9 +279,9 @@ def error_row(
     unknown = dict.fromkeys(['score', 'relative_score', 'p_value', 'decision'])
     return dict(time=_now(), path=str(path), **unknown, error=why)
 
-# %% ../../nbs/deploy/09_watch.ipynb #db4921fe
+# %% ../../nbs/deploy/09_watch.ipynb #1bd12e4e
 BATCH = 16 # images that are scored together
-_FULL = errno.ENOSPC, errno.EDQUOT
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EAGAIN
 
 class Trouble:
     "What goes wrong for a while: told when it begins, and when it is over."
@@ -301,25 +301,35 @@ class Trouble:
         "Tell that it is over, if it was told that it began."
         if self.now.pop(where, None): note(f'{where}: works again')
 
-def print_line(
-    text: str, # A line; empty to print the rest of an earlier one
-):
-    "A line on standard output, at once. Raises `OSError`."
-    if text: print(text)
-    sys.stdout.flush()
+class Printer:
+    "Lines on standard output, each whole: Python itself drops what finds no room."
+    def __init__(self): self.rest = b''
+
+    def __call__(self,
+        text: str = '', # A line; empty to print the rest of an earlier one
+    ):
+        "Print at once. Raises `OSError`; the rest is kept."
+        if text: self.rest += f'{text}\n'.encode()
+        sys.stdout.flush()
+        file = getattr(sys.stdout.buffer, 'raw', sys.stdout.buffer)
+        while self.rest:
+            count = file.write(self.rest)
+            if count is None: raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            self.rest = self.rest[count:]
 
 def _reason(error) -> str: return error.strerror or str(error)
 
-# %% ../../nbs/deploy/09_watch.ipynb #531206b1
+# %% ../../nbs/deploy/09_watch.ipynb #29f64d70
 class Outlet:
     "Where scored images go: a line, the folder of flagged ones, the journal."
     def __init__(self,
         journal: Journal, # Where it is noted that an image is done
-        emit: Callable[[str], None] = print_line, # Prints a line
+        emit: Callable[[str], None] | None = None, # Prints a line; a `Printer` if not given
         keep: Callable[[Path, Path], Path] | None = None, # `move_image` or `link_image`
         flagged: Path | None = None, # The folder that flagged images are moved or linked into
     ):
-        self.journal, self.emit, self.keep, self.flagged = journal, emit, keep, flagged
+        self.journal, self.emit = journal, emit or Printer()
+        self.keep, self.flagged = keep, flagged
         self.counts, self.trouble, self.unprinted = Counter(), Trouble(), None
 
     def put(self,
