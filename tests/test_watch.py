@@ -348,6 +348,10 @@ def test_a_folder_that_goes_and_comes_back(line, tmp_path, capsys):
     assert line.look(3) == ['a.bmp', 'b.bmp']
     told = capsys.readouterr().err
     assert told.count('waiting for it') == told.count('works again') == 1
+    line.folder.rename(tmp_path / 'away')
+    line.folder.mkdir()  # between two looks
+    assert line.look(3) == ['a.bmp', 'b.bmp']
+    assert capsys.readouterr().err.count('is another folder now') == 1
 
 
 def full_disk(*_):

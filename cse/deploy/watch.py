@@ -140,7 +140,7 @@ class Journal:
 
     def __contains__(self, image: Arrival) -> bool: return hash(image.identity) in self.known
 
-# %% ../../nbs/deploy/09_watch.ipynb #8791f7b3
+# %% ../../nbs/deploy/09_watch.ipynb #61f85eab
 AT_ONCE = 1000 # images that one look takes up; the others wait in the folder
 
 def _age(image) -> tuple: return image.written, image.path
@@ -161,6 +161,7 @@ class Inbox:
         status = os.stat(self.folder)
         place = status.st_dev, status.st_ino
         if place == self.place: return
+        if self.place: note(f'{self.folder}: is another folder now, as when a share comes or goes')
         self.journal.load()
         self.place = place
 
