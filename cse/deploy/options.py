@@ -7,7 +7,8 @@ __all__ = ['FABRIC', 'Model', 'GoodImages', 'Category', 'NewImages', 'Sources', 
            'Overlays', 'Quiet', 'Json', 'Device', 'Profile', 'Method', 'Alpha', 'Where', 'Bits', 'Settings', 'Textures',
            'Extractor', 'Weights', 'HeldOut', 'Tables', 'Methods', 'Data', 'Tilda', 'TextureFolder', 'Categories',
            'Seeds', 'Results', 'Notebooks', 'Fresh', 'Runs', 'Reference', 'Audited', 'DataSet', 'To', 'From',
-           'Scheduler', 'say', 'note', 'stop', 'stop_if', 'errors', 'common', 'path_argument', 'path_option',
+           'Scheduler', 'Arriving', 'MoveTo', 'LinkTo', 'JournalFile', 'Existing', 'Once', 'Every', 'Patience', 'Host',
+           'Port', 'say', 'note', 'stop', 'stop_if', 'errors', 'common', 'path_argument', 'path_option',
            'settings_from']
 
 # %% ../../nbs/deploy/04_options.ipynb #33025641
@@ -204,3 +205,24 @@ def settings_from(
                               'and --profile for a profile')
         found[name] = _value(text)
     return found
+
+# %% ../../nbs/deploy/04_options.ipynb #75975596
+Arriving = Annotated[Path, path_argument(
+    'FOLDER', 'Folder that images arrive in, watched with everything below it.')]
+MoveTo = Annotated[Optional[Path], path_option(
+    '--move', help='Folder that flagged images are moved into.')]
+LinkTo = Annotated[Optional[Path], path_option(
+    '--link', help='Folder in which links to flagged images are made.')]
+JournalFile = Annotated[Optional[Path], path_option(
+    '--journal', help='File that remembers which images are done; .cse-watch.jsonl in FOLDER if not given.')]
+Existing = Annotated[bool, typer.Option(
+    '--existing/--new-only',
+    help='Score the images that are there at the start, or pass them over for good.')]
+Once = Annotated[bool, typer.Option('--once', help='Score what is there, and end.')]
+Every = Annotated[float, typer.Option(
+    min=0.01, max=3600, help='Seconds from one look at the folder to the next.')]
+Patience = Annotated[float, typer.Option(
+    min=0, help='Seconds after which an image that stays unreadable is reported.')]
+Host = Annotated[str, typer.Option(
+    help='Address that the page is served at; 0.0.0.0 lets other machines in.')]
+Port = Annotated[int, typer.Option(min=1, max=65535, help='Port of the page.')]
