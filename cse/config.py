@@ -195,7 +195,7 @@ def _check_names(kind: type, names):
         if name in allowed: continue
         near = difflib.get_close_matches(name, allowed, 3)
         value = f'={names[name]!r}' if isinstance(names, dict) else ''
-        hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'see `cse show-config paper`'
+        hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'see `cse show-config inspection`'
         raise ConfigError(f'{name}{value}: no such setting; {hint}')
 
 def _check_together(c: 'Config'):

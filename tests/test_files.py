@@ -540,7 +540,7 @@ def test_the_command_line_takes_bits(tmp_path, monkeypatch):
     def refuse(*args, **settings):
         given.append(settings.get('bits'))
         raise DataError('enough')
-    monkeypatch.setattr('cse.deploy.saving.new_detector', refuse)
+    monkeypatch.setattr('cse.deploy.fitting.fit_config', refuse)
     monkeypatch.setattr('cse.deploy.saving.load', refuse)
     folder = str(tmp_path)
     for line in (['fit', folder, '-o', f'{folder}/m'], ['score', 'm', folder], ['calibrate', 'm', folder]):

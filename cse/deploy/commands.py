@@ -7,6 +7,7 @@ __all__ = ['commands', 'fit', 'calibrate', 'score', 'evaluate', 'export_', 'show
 
 # %% ../../nbs/deploy/20_commands.ipynb #c0de0003
 import json, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -14,7 +15,7 @@ from .options import (
     Alpha, Bits, Calibrated, Category, Csv, Device, Exported, Extractor, Fitted, Force,
     GoodImages, HeldOut, Json, Method, Model, NewImages, Overlays,
     Profile, Quiet, Seed, Settings, Sources, Textures, Weights, Where,
-    errors, note, say, settings_from, stop, stop_if)
+    errors, loading, note, say, settings_from, stop, stop_if)
 
 # %% ../../nbs/deploy/20_commands.ipynb #c0de0005
 commands = typer.Typer()
@@ -56,12 +57,18 @@ def _plan(folder, config, method, held_out):
     images = images or good_files(folder)
     return Plan(images, config, method, images_kept(len(images), held_out))
 
+def _draw_textures(side):
+    "Draw the built-in textures, which are kept, on another core than the one that loads PyTorch."
+    from cse.data.builtin import builtin_textures
+    builtin_textures(side)
+
 def _fit(folder, plan, textures, seed, output, quiet, as_json):
     "Do what is planned, and tell how it went."
-    from cse.data.timing import waiting
     start = time.perf_counter()
     if not quiet: print(plan, file=sys.stderr, flush=True)
-    with waiting('loading PyTorch', not quiet):
+    if any(output.glob('training*.pt')): note(f'{output}: its interrupted fit is taken up')
+    with loading(not quiet), ThreadPoolExecutor(1) as pool:
+        if not textures: pool.submit(_draw_textures, plan.config.crop)
         from cse.deploy.saving import METHODS
     detector = METHODS[plan.method](plan.config, textures, seed)
     images = folder if folder.is_dir() else plan.images

@@ -84,8 +84,8 @@ def good_files(
     if not found: return image_files(folder) # says what is wrong
     if len(found) > 3: return found
     images = f'{len(found)} image{"s" * (len(found) > 1)}'
-    raise DataError(f'{folder}: holds {images}; expected at least 4, '
-                    f'and {images_wanted(USUAL)} or more for a false-alarm rate of {USUAL:.0%}')
+    raise DataError(f'{folder}: holds {images}; expected at least 4, and '
+                    f'{images_wanted(USUAL)} or more for a false-alarm rate of {100 * USUAL:.0f} %')
 
 def check_free(
     folder: Path, # Where a detector will be saved
@@ -124,14 +124,14 @@ def _region(config) -> str:
     if not config.resize: return f'their central {side} pixels used'
     if config.resize_mode == 'shorter': return f'their central square used, at {side}'
     lost = 1 - (config.crop / config.resize) ** 2
-    return f'the outer {lost:.0%} cut off, the rest at {side}' if lost else f'used whole, at {side}'
+    return f'the outer {100 * lost:.0f} % cut off, the rest at {side}' if lost else f'used whole at {side}'
 
-def _seconds(count, config) -> str:
+def _time(count, config) -> str:
     "About how long a fit takes."
     if config.extractor.split('.')[0] != 'tf_efficientnet_lite0': return ''
     embedders = getattr(config, 'embedders', 1)
     each = (0.02 + 0.006 * config.epochs * embedders) * (config.crop / 224) ** 2
-    seconds = 6 + each * count
+    seconds = 5 + each * count
     return f'; about {seconds:.0f} s' if seconds < 100 else f'; about {seconds / 60:.0f} min'
 
 @dataclass
@@ -146,7 +146,7 @@ class Plan:
         c, count = self.config, len(self.images)
         aside = f'{self.kept} kept aside for the threshold' if self.kept else 'none kept aside'
         return (f'fit: {count} images{_sizes(self.images)}, {_region(c)}, {aside}; '
-                f'method {self.method} on {c.extractor}{_seconds(count - self.kept, c)}')
+                f'method {self.method} on {c.extractor}{_time(count - self.kept, c)}')
 
     @property
     def share(self) -> float:
@@ -157,27 +157,27 @@ class Plan:
 def most_unusual(
     scores: np.ndarray, # N scores of good images, those kept aside last
     kept: int, # How many were kept aside
-    most: int = 8, # How many are chosen
+    most: tuple[int, int] = (4, 8), # How many of those kept aside, and of the others
 ) -> list[int]: # Their rows, the highest score of each kind first
-    "The highest scores, half of them of images kept aside."
+    "The highest scores of images kept aside, then those of the others."
     order = np.argsort(-scores, kind='stable')
     aside = order[order >= len(scores) - kept]
     fitted = order[order < len(scores) - kept]
-    half = min(len(aside), max(most // 2, most - len(fitted)))
-    return [*aside[:half].tolist(), *fitted[:most - half].tolist()]
+    return [*aside[:most[0]].tolist(), *fitted[:most[1]].tolist()]
 
 def unusual_images(
     paths: Sequence[str], # N files of good images, those kept aside last
     scores: np.ndarray, # Their N scores
     calibration: Calibration | None, # Of the images kept aside
-) -> list[dict]: # Path, relative score and whether it was kept aside; the highest scores of each kind
+) -> list[dict]: # Path, whether it was kept aside, and its relative score if it was
     "The good images to look at."
-    kept = len(calibration or ())
-    relative = Scale(calibration, USUAL).relative(scores) if kept else [None] * len(scores)
-    chosen = most_unusual(scores, kept)
-    return [dict(path=str(paths[i]), kept_aside=i >= len(scores) - kept,
-                 relative_score=relative[i] if relative[i] is None else round(float(relative[i]), 3))
-            for i in chosen]
+    kept, rows = len(calibration or ()), []
+    if kept: relative = Scale(calibration, USUAL).relative(scores)
+    for i in most_unusual(scores, kept):
+        aside = i >= len(scores) - kept
+        score = round(float(relative[i]), 3) if aside else None
+        rows.append(dict(path=str(paths[i]), kept_aside=aside, relative_score=score))
+    return rows
 
 # %% ../../nbs/deploy/11_fitting.ipynb #5f170014
 _SIDE, _MARGIN = 200, 8 # of a picture on the sheet, pixels
@@ -217,19 +217,18 @@ def save_sheet(
 
 # %% ../../nbs/deploy/11_fitting.ipynb #5f170018
 def promise(
-    kept: int, # Images kept aside
+    kept: int, # Images that set the threshold
 ) -> str: # A sentence or two
     "Which false-alarm rate holds, and what a smaller one takes."
-    if not kept:
-        return 'none is promised, because no images were kept aside; `cse calibrate` sets a threshold'
-    needed = images_needed(USUAL)
-    if kept < needed:
-        return (f'at most 1 in {kept + 1} good images is flagged, since {kept} images kept aside '
-                f'cannot promise less. {USUAL:.0%} takes {needed} of them, or '
-                f'{images_wanted(USUAL)} images in all; 1% takes {images_needed(0.01)} of them')
-    smaller = f'at most {USUAL:.0%} of good images are flagged'
-    if kept >= images_needed(0.01): return f'{smaller}; --alpha {1 / (kept + 1):.2g} is possible'
-    return f'{smaller}. 1% takes {images_needed(0.01)} images kept aside; here are {kept}'
+    if not kept: return 'unknown, since no images were kept aside; `cse calibrate` sets a threshold'
+    usual, few = f'{100 * USUAL:.0f} %', images_needed(USUAL)
+    if kept < few:
+        return (f'at most 1 in {kept + 1} good images is flagged; {kept} images for the threshold '
+                f'cannot promise less. {usual} takes {few} of them, which is a folder of '
+                f'{images_wanted(USUAL)} for `cse fit`, and 1 % takes {images_needed(0.01)}')
+    holds = f'at most {usual} of good images are flagged'
+    if kept >= images_needed(0.01): return f'{holds}, or less with --alpha, down to {1 / (kept + 1):.2g}'
+    return f'{holds}. 1 % takes {images_needed(0.01)} images for the threshold; here are {kept}'
 
 def calibration_summary(
     calibration: Calibration | None, # Of a detector
@@ -239,17 +238,22 @@ def calibration_summary(
     scale = Scale(calibration, USUAL)
     return dict(alpha=scale.alpha, threshold=scale.threshold)
 
+def _named(rows) -> str:
+    "The first images of each kind."
+    aside = [row for row in rows if row['kept_aside']]
+    fitted = [row for row in rows if not row['kept_aside']]
+    return ', '.join(Path(row['path']).name for row in aside[:2] + fitted[:2])
+
 def fit_lines(
     about: dict, # As `cse fit --json` prints it
 ) -> str: # One line a fact
     "A fit, to be read by people."
     kept, model = about['calibration_images'], shlex.quote(about['model'])
-    fitted = f'fitted on {about["images"]} images' + f', {kept} kept aside' * bool(kept)
-    lines = [fitted + (f', {about["seconds"]:.0f} s' if 'seconds' in about else ''),
+    fitted = f'fitted on {about["images"]} images' + f', threshold from {kept} others' * bool(kept)
+    lines = [fitted + (f', in {about["seconds"]:.0f} s' if 'seconds' in about else ''),
              f'false-alarm rate: {promise(kept)}']
     if kept: lines.append(f'threshold: {about["threshold"]:.4g}, which is 1 in relative scores')
     if unusual := about.get('unusual'):
-        names = ', '.join(Path(row['path']).name for row in unusual[:4])
-        lines.append(f'most unusual good images: {names}; if {about["sheet"]} shows a defective '
-                     'one, take it out and fit again')
+        lines.append(f'most unusual good images: {_named(unusual)}; if {about["sheet"]} shows a '
+                     'defective one, take it out and fit again')
     return '\n'.join([*lines, f'saved in {about["model"]}; next: cse score {model} NEW_IMAGES'])

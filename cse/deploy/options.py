@@ -7,11 +7,11 @@ __all__ = ['OTHER_NAMES', 'FABRIC', 'Model', 'GoodImages', 'Category', 'NewImage
            'Csv', 'Overlays', 'Quiet', 'Json', 'Device', 'Profile', 'Method', 'Alpha', 'Where', 'Bits', 'Settings',
            'Textures', 'Extractor', 'Weights', 'HeldOut', 'Force', 'Seed', 'Tables', 'Methods', 'Data', 'Tilda',
            'TextureFolder', 'Categories', 'Seeds', 'Results', 'Notebooks', 'Fresh', 'Runs', 'Reference', 'Audited',
-           'DataSet', 'To', 'From', 'Scheduler', 'say', 'note', 'stop', 'stop_if', 'errors', 'common',
+           'DataSet', 'To', 'From', 'Scheduler', 'say', 'note', 'stop', 'stop_if', 'errors', 'loading', 'common',
            'nearest_command', 'Commands', 'path_argument', 'path_option', 'settings_from']
 
 # %% ../../nbs/deploy/04_options.ipynb #33025641
-import ast, codecs, difflib, json, sys
+import ast, codecs, difflib, gc, json, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +73,22 @@ def errors(
         ours = type(e).__module__.startswith('cse.')
         if not ours and not isinstance(e, OSError): raise
         stop(e, 1 if type(e).__name__ == 'GridError' else 2)
+
+# %% ../../nbs/deploy/04_options.ipynb #0d1d0006
+@contextmanager
+def loading(
+    shown: bool = True, # Say that it takes a while?
+) -> Iterator[None]:
+    "Load PyTorch under `with`. What is loaded is never looked through for garbage."
+    from cse.data.timing import waiting
+    if 'torch' in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        with waiting('loading PyTorch', shown): yield
+        gc.freeze()
+    finally: gc.enable()
 
 # %% ../../nbs/deploy/04_options.ipynb #7c1d0e55
 def _print_version(asked: bool):

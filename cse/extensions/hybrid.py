@@ -277,6 +277,7 @@ class HybridCSE(CalibratedCSE):
             history = history or latest
             history.interrupted = latest.interrupted
             if latest.interrupted: break
+        warn_if_identical(cache.images)
         with session.clock('bank'), waiting('Gaussians', session.progress): self._fit_density(cache)
         self._learned(history)
 
@@ -284,7 +285,6 @@ class HybridCSE(CalibratedCSE):
     def _fit_density(self, cache):
         "Fit the Gaussians, and measure how good images score."
         config = self.config
-        warn_if_identical(cache.images)
         seen, _, held_out, _ = pair_splits(len(cache), config, self.seed)
         density = PatchGaussians(config.density_channels, seed=self.seed)
         maps = density.fit([cache.features[i] for i in config.density_places], seen, held_out)
