@@ -117,9 +117,9 @@ def nearest_command(
     known: list[str], # Names of commands
 ) -> str: # A question, or empty
     "Which command may be meant."
-    meant = OTHER_NAMES.get(name.lower())
-    near = [meant] if meant in known else difflib.get_close_matches(name.lower(), known, 1)
-    return f'; did you mean `cse {near[0]}`?' if near else '; see `cse --help`'
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    meant = OTHER_NAMES.get(name.lower(), *near)
+    return f'; did you mean `cse {meant}`?' if meant in known else '; see `cse --help`'
 
 class Commands(TyperGroup):
     "Commands, with an answer to names that there are not."
