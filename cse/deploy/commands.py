@@ -7,7 +7,6 @@ __all__ = ['commands', 'fit', 'calibrate', 'score', 'evaluate', 'export_', 'show
 
 # %% ../../nbs/deploy/20_commands.ipynb #c0de0003
 import json, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -64,6 +63,7 @@ def _draw_textures(side):
 
 def _fit(folder, plan, textures, seed, output, quiet, as_json):
     "Do what is planned, and tell how it went."
+    from concurrent.futures import ThreadPoolExecutor
     start = time.perf_counter()
     if not quiet: print(plan, file=sys.stderr, flush=True)
     if any(output.glob('training*.pt')): note(f'{output}: its interrupted fit is taken up')

@@ -87,6 +87,7 @@ def good_files(
     raise DataError(f'{folder}: holds {images}; expected at least 4, and '
                     f'{images_wanted(USUAL)} or more for a false-alarm rate of {100 * USUAL:.0f} %')
 
+# %% ../../nbs/deploy/11_fitting.ipynb #5f17001c
 def check_free(
     folder: Path, # Where a detector will be saved
     force: bool = False, # May it replace another one?
@@ -197,6 +198,7 @@ def _caption(row, font) -> str:
     about = 'kept aside' if row['kept_aside'] else 'fitted'
     return f'{name}\n{about}' + ('' if score is None else f', score {score:.2f}')
 
+# %% ../../nbs/deploy/11_fitting.ipynb #5f17001d
 def save_sheet(
     rows: list[dict], # As `unusual_images` gives them
     path: str | Path, # A JPEG file
@@ -249,9 +251,10 @@ def fit_lines(
 ) -> str: # One line a fact
     "A fit, to be read by people."
     kept, model = about['calibration_images'], shlex.quote(about['model'])
-    fitted = f'fitted on {about["images"]} images' + f', threshold from {kept} others' * bool(kept)
-    lines = [fitted + (f', in {about["seconds"]:.0f} s' if 'seconds' in about else ''),
-             f'false-alarm rate: {promise(kept)}']
+    fitted = f'fitted on {about["images"] or "unknown"} images'
+    if kept: fitted += f', threshold from {kept} others'
+    if 'seconds' in about: fitted += f', in {about["seconds"]:.0f} s'
+    lines = [fitted, f'false-alarm rate: {promise(kept)}']
     if kept: lines.append(f'threshold: {about["threshold"]:.4g}, which is 1 in relative scores')
     if unusual := about.get('unusual'):
         lines.append(f'most unusual good images: {_named(unusual)}; if {about["sheet"]} shows a '
