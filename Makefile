@@ -61,7 +61,7 @@ tables: $(READY)
 
 reference: $(READY)
 	$(call takes,RUNS)
-	$(BIN)/python -m cse.lab.reference '$(RUNS)'
+	$(BIN)/python -c 'from cse.lab.reference import main; main()' '$(RUNS)'
 
 # notebooks beside Tables 1 to 5: one run each
 papermill = mkdir -p '$(2)/notebooks' && $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file - \

@@ -144,7 +144,7 @@ def test_an_exported_model_scores_the_same(fitted, root, tmp_path):
 def test_onnx_and_openvino_score_the_same(root, engine, tmp_path, monkeypatch):
     "The file of OpenVINO in float32, also where it is compiled for bfloat16."
     pytest.importorskip('onnxscript', reason="not installed: pip install 'anomalib[openvino]'")
-    from cse.fast.engines import openvino_core
+    from cse.fast.openvino import openvino_core
     with quiet():
         model = Cse(**RAW, extractor='resnet10t', weights='random')
         engine.fit(model, datamodule=data(root))

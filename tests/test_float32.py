@@ -13,7 +13,8 @@ from cse import CSE, Config, HybridConfig, HybridCSE
 from cse.baselines.features import MeanDistance
 from cse.classifier import ClassifierDetector
 from cse.deploy.export import export, run_exported
-from cse.fast.engines import compile_network, convert_openvino, openvino_core
+from cse.fast.engines import convert_openvino
+from cse.fast.openvino import compile_network, openvino_core
 from together import SETTINGS, images
 
 SOURCES = {p: p.read_text() for p in (Path(__file__).parent.parent / 'cse').rglob('*.py')}
@@ -58,7 +59,7 @@ def compiled(monkeypatch):
 
 def test_there_is_one_place_that_compiles():
     places = [p.name for p, text in SOURCES.items() for _ in re.findall(r'compile_model\(', text)]
-    assert places == ['engines.py']
+    assert places == ['openvino.py']
     sessions = [s for text in SOURCES.values() for s in re.findall(r'InferenceSession\(.*\)', text)]
     assert sessions == ["InferenceSession(network, providers=['CPUExecutionProvider'])"]
 

@@ -118,7 +118,7 @@ def test_a_request_that_fails_is_not_used_again(fitted):
     (compiled,) = network._compiled.values()
     with pytest.raises(RuntimeError, match='shape'):
         compiled(torch.rand(1, 3, 2, 2))
-    assert compiled._free == []
+    assert len(compiled.requests) == 0
     assert torch.equal(network(prepared(SETS[2]))[0], fitted.extractor(prepared(SETS[2]))[0])
 
 
@@ -279,6 +279,21 @@ def test_a_child_may_free_the_networks_of_its_parent():
 
     assert in_child(free) == 'alive'
     free()
+
+
+@needs_fork
+def test_a_child_compiles_after_its_parent_freed_a_network():
+    "Threads of OpenVINO that wait in the parent for their next network do not exist in a child."
+    kept, freed = (engines.compile_openvino(nn.Linear(3, 2), [torch.ones(1, 3)]) for _ in range(2))
+    expected = kept(torch.ones(1, 3))[0]
+    del freed
+    gc.collect()
+
+    def compiled():
+        again = pickle.loads(pickle.dumps(kept))
+        return torch.equal(again(torch.ones(1, 3))[0], expected)
+
+    assert in_child(compiled) is True
 
 
 @needs_fork

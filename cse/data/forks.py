@@ -6,10 +6,9 @@
 __all__ = ['LONGEST', 'between_forks', 'ForkGate', 'end_openmp_threads', 'keep_in_children']
 
 # %% ../../nbs/data/00_forks.ipynb #159572a1
-import ctypes, os, threading, weakref
+import ctypes, os, sys, threading, weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-import torch
 
 # %% ../../nbs/data/00_forks.ipynb #c0ae8309
 LONGEST = 60 # seconds that a fork waits; a computation that waits for the fork would wait for ever
@@ -77,7 +76,8 @@ def end_openmp_threads():
     for library in libraries.lib_controllers:
         library.dynlib.omp_pause_resource_all(2) # omp_pause_hard
 
-def _renew_threads(): torch.set_num_threads(torch.get_num_threads())
+def _renew_threads():
+    if torch := sys.modules.get('torch'): torch.set_num_threads(torch.get_num_threads())
 
 # %% ../../nbs/data/00_forks.ipynb #bdfecc5d
 _kept = weakref.WeakSet()
@@ -95,7 +95,7 @@ def _keep():
 # %% ../../nbs/data/00_forks.ipynb #96646bf0
 def _before_fork():
     between_forks.before()
-    if between_forks.used: end_openmp_threads()
+    if between_forks.used and 'torch' in sys.modules: end_openmp_threads()
 
 def _in_child():
     between_forks.reset()

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['says_good', 'good_images', 'image_hash', 'image_hashes', 'images_hash', 'small_pictures', 'find_copies',
-           'warn_if_identical', 'brightest', 'warn_if_nearly_black']
+           'warn_if_identical', 'brightest']
 
 # %% ../../nbs/data/08_good_images.ipynb #59257c86
 import functools, hashlib, logging, re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..config import Config
 from .images import DataError, Images, ImageSource, as_images
+from .reading import warn_if_nearly_black
 
 # %% ../../nbs/data/08_good_images.ipynb #7b1868cc
 _GOOD = set(
@@ -176,19 +176,3 @@ def brightest(
 ) -> torch.Tensor: # N
     "The largest value of each image."
     return images.flatten(1).amax(1).cpu()
-
-def warn_if_nearly_black(
-    light: torch.Tensor, # N values of `brightest`
-    paths: Sequence[str] | None = None, # Of the images, if they came from files
-    unread: Collection[int] = (), # Images that could not be read
-):
-    "Warn of images without a value above 1/8."
-    dark = (light < 1 / 8).nonzero().flatten().tolist()
-    dark = [i for i in dark if i not in unread]
-    if not dark: return
-    first = paths[dark[0]] if paths else f'image {dark[0]}'
-    logging.getLogger(__name__).warning(
-        f'images: {len(dark)} of {len(light)} nearly black, '
-        f'no value is above {light[dark].max():.2g} of 1, {first} first; '
-        'for a camera of 10 or 12 bits that writes files of 16 or 32, '
-        'set `bits` (`--bits 12`)')

@@ -19,7 +19,8 @@ from ..data.forks import between_forks
 from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import Scores, enlarge_maps
-from ..fast.engines import compile_network, convert_openvino, same_logging
+from ..fast.engines import convert_openvino, same_logging
+from ..fast.openvino import compile_network
 from ..detector import Detector
 from .float32 import save_float32
 

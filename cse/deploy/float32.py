@@ -13,7 +13,7 @@ import numpy as np
 from openvino import Model, Type, opset1, save_model
 from openvino._offline_transformations import apply_moc_transformations
 from openvino.utils.node_factory import NodeFactory
-from ..fast.engines import openvino_core
+from ..fast.openvino import openvino_core
 
 # %% ../../nbs/deploy/00_float32.ipynb #b74ed434
 def _constant(value) -> np.ndarray | None:

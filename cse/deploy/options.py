@@ -69,6 +69,9 @@ def errors(
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='cse.escaped')
     try: yield
     except KeyboardInterrupt: stop(interrupted, 130)
+    except ModuleNotFoundError as e:
+        if e.name.startswith('cse'): raise
+        stop(f"{e.name}: not installed; pip install 'cse[train]'", 2)
     except Exception as e:
         ours = type(e).__module__.startswith('cse.')
         if not ours and not isinstance(e, OSError): raise

@@ -130,7 +130,11 @@ What this project ran, and quotes. Each folder holds
 - `asked.json`: what was asked for, table by table,
 - `records`: the runs as JSON lines, compressed where they are many,
 - `tables`: made from the records,
-- `notebooks`: as papermill executed them.
+- `notebooks`: executed by papermill; those of runs up to 2026-11-22 from the records, without computing anew.
+
+`spread.csv` says how far AUROC is spread between seeds (CSE, seeds 0 to 2, on `surfaces` and two built-in
+textiles), and between machines: the reference, one thread, AVX2 instructions, and PyTorch instead of OpenVINO.
+`make spread` measures it anew.
 
 `cse audit results/reference` checks all of it.
 `cse compare results/runs/built-in-smoke` says how close your own runs come.
@@ -154,5 +158,3 @@ def main():
     "Promote the folder that the command line names."
     try: print(promote(*sys.argv[1:2]))
     except (ConfigError, TypeError) as e: sys.exit(f'error: {e}')
-
-if __name__ == '__main__' and '__file__' in globals(): main()

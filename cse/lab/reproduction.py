@@ -217,7 +217,8 @@ class Reproduction:
         lines = [line for table in tables for line in _table_lines(self.of_table(table))]
         lines += [f'Table {table}: the reference has no such runs' for table in self.alone]
         counted = [c for c in self.cells if c.category != 'mean']
-        return '\n'.join([*lines, f'all: {_count(counted)} cells reproduced'])
+        if counted: lines.append(f'all: {_count(counted)} cells reproduced')
+        return '\n'.join(lines)
 
 def _count(cells):
     "How many cells are reproduced, of how many."
@@ -247,10 +248,9 @@ _SAME = 'profile', 'settings', 'textures', 'data'
 def find_reference(
     table: int, # Number in the paper
     entry: dict, # What was asked for
-    reference: str | Path = '', # Folder of several; empty: that of this project
 ) -> Path | None: # None if nothing like it is there
     "The folder of the reference that was asked for the same."
-    for file in sorted(Path(reference or reference_folder()).glob('*/asked.json')):
+    for file in sorted(reference_folder().glob('*/asked.json')):
         known = read_asked(file.parent).get(table, {})
         if all(known.get(name) == entry[name] for name in _SAME): return file.parent
     return None
