@@ -37,6 +37,12 @@ def _allowed(detector, alpha, context) -> float | None:
     if calibration_of(detector) or asked: note(f'no decisions, {why}')
     return None
 
+def _compile(detector, folder, quiet):
+    "Lay the compiled form beside a saved detector."
+    from cse.data.timing import waiting
+    from cse.deploy.runtime import save_runtime
+    with waiting('compiling', not quiet): save_runtime(detector, folder)
+
 def _tell(detector, folder, as_json, **more):
     "What a detector is, and where it was saved."
     from cse.deploy.fitting import calibration_summary, fit_lines
@@ -73,6 +79,7 @@ def _fit(folder, plan, textures, seed, output, quiet, as_json):
     detector = METHODS[plan.method](plan.config, textures, seed)
     images = folder if folder.is_dir() else plan.images
     detector.fit(images, progress=not quiet, held_out=plan.share, folder=output)
+    _compile(detector, output, quiet)
     looked_at = _unusual(detector, output)
     _tell(detector, output, as_json, seconds=round(time.perf_counter() - start, 1), **looked_at)
     if detector.interrupted:
@@ -151,6 +158,7 @@ def calibrate(
         own = {name: stored[name] for name in ('device', 'weights')} # those of this call are not kept
         detector.config = detector.config.replace(**own)
         detector.save(target)
+        _compile(detector, target, quiet)
         _tell(detector, target, as_json)
 
 # %% ../../nbs/deploy/20_commands.ipynb #dff82f27
