@@ -14,6 +14,7 @@ import cse
 from cse.cli import app
 from cse.config import Config, from_profile
 from cse.deploy import fitting
+from cse.deploy.runtime import Runtime
 from cse.extensions.decisions import images_needed
 from cse.extensions.hybrid import HybridCSE
 from cse.extractor import WeightsError, load_model
@@ -115,6 +116,7 @@ def test_a_fit_is_planned_shown_and_summed_up(fitted, good):
     assert f'threshold: {detector.calibration.threshold(0.1):.4g}' in lines[2]
     assert Image.open(model / 'unusual.jpg').size == (4 * 208 + 8, 3 * 244 + 8)
     assert str(model / 'unusual.jpg') in lines[3]
+    assert Runtime(model).calibration.scores == pytest.approx(detector.calibration.scores)
 
 
 def test_one_object_on_standard_output(good, tmp_path):
