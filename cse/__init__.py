@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .deploy.saving import load
     from .detector import CSE
     from .extensions.calibration import CalibratedCSE
-    from .extensions.hybrid import HybridConfig, HybridCSE
+    from .extensions.hybrid import HybridCSE
+    from .extensions.settings import HybridConfig
     from .extractor import FeatureExtractor
     from .lab.runs import run
     from .losses import contrastive_cosine_loss, decoder_loss
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     'CSE': 'detector', 'CalibratedCSE': 'extensions.calibration', 'Config': 'config', 'Decoder': 'model', 'DefectGenerator': 'defects',
     'Embedder': 'model', 'FeatureExtractor': 'extractor', 'HybridCSE': 'extensions.hybrid',
-    'HybridConfig': 'extensions.hybrid', 'MemoryBank': 'scoring', 'Scores': 'scoring', 'auroc': 'metrics',
+    'HybridConfig': 'extensions.settings', 'MemoryBank': 'scoring', 'Scores': 'scoring', 'auroc': 'metrics',
     'contrastive_cosine_loss': 'losses', 'decoder_loss': 'losses', 'load': 'deploy.saving', 'run': 'lab.runs'}
 __all__ = list(_HOME)
 

@@ -8,12 +8,13 @@ __all__ = ['app']
 # %% ../nbs/11_cli.ipynb #2ae572be
 import typer
 from .deploy.commands import commands as inspection
-from .deploy.options import common
+from .deploy.options import Commands, common
 from .lab.commands import commands as regeneration
 
 # %% ../nbs/11_cli.ipynb #171d5b2b
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     callback=common, context_settings=dict(help_option_names=['-h', '--help']),
     help='Surface anomaly detection with contrastively selected embedding: '
          'fit on good images, find defects.')

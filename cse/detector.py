@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import nn
 from .config import Config, ConfigError, digest, fingerprint, from_profile
 from .data.images import DataError, ImageSource
-from .data.timing import Stopwatch
+from .data.timing import Stopwatch, waiting
 from .data.files import check_writable
 from .data.good_images import brightest, good_images, images_hash, warn_if_nearly_black
 from .data.model_files import ModelError, read_model, write_model
@@ -111,8 +111,10 @@ class Detector(Estimator):
             raise ConfigError(f'folder={str(folder)!r}: a {name} cannot be saved; '
                               'expected no folder')
         self.check(len(images))
-        with clock('textures'): defects = FastDefectGenerator.from_config(config, self.textures)
-        with clock('load'): extractor = FastExtractor.from_config(config, self.layers)
+        with clock('textures'), waiting('textures', progress):
+            defects = FastDefectGenerator.from_config(config, self.textures)
+        with clock('load'), waiting('extractor', progress):
+            extractor = FastExtractor.from_config(config, self.layers)
         check_maps(extractor, config, self.decodes)
         if folder: check_writable(folder)
         cache = FeatureCache(images, extractor, config, clock, progress)

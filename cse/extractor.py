@@ -13,6 +13,7 @@ from typing import Self
 import timm, torch
 from torch import nn
 from .config import Config, ConfigError
+from .data.hub import hub_file, why_out_of_reach
 from .data.seeds import seeded_weights
 
 # %% ../nbs/03_extractor.ipynb #d0ba05b8
@@ -82,18 +83,16 @@ def _from_file(name, path, **kw):
         f'{path}: no tensor for {random[0]} ({len(random)} missing); '
         f'expected the weights of {name}. {_WAYS}')
 
-# %% ../nbs/03_extractor.ipynb #e2f33a3d
-def _hub_file(model):
-    "The file in the hub's cache that timm has just read, if it is there."
-    from huggingface_hub import try_to_load_from_cache
-    repo = model.pretrained_cfg.get('hf_hub_id')
-    if not repo: return None
-    names = 'model.safetensors', 'pytorch_model.bin'
-    found = [try_to_load_from_cache(repo, f) for f in names]
-    return next((p for p in found if isinstance(p, str)), None)
-
 # %% ../nbs/03_extractor.ipynb #5a53b0c2
 _PLACES = 'timm', 'packaged', 'random'
+
+def _check_reach(name):
+    "Raise `WeightsError` for weights that are not here and cannot be fetched."
+    known = timm.get_pretrained_cfg(name)
+    if not (why := why_out_of_reach(known and known.hf_hub_id)): return
+    raise WeightsError(
+        f"use weights='/path/to/file.safetensors', or extractor={PACKAGED!r} with weights='packaged'. "
+        f'Those of extractor={name!r} are not on this machine, and the hub cannot be reached ({why})')
 
 def _load(name, weights, layers):
     "The network and the file of its weights, None where they have none."
@@ -101,8 +100,9 @@ def _load(name, weights, layers):
     if weights == 'packaged': return _packaged(name, layers)
     if weights == 'random': return _seeded_model(name, **kw), None
     if weights == 'timm':
+        _check_reach(name)
         model = timm.create_model(name, pretrained=True, **kw)
-        return model, _hub_file(model)
+        return model, hub_file(model.pretrained_cfg.get('hf_hub_id'))
     path = Path(weights)
     if not path.is_file():
         raise WeightsError(f'weights={weights!r}: no such file. {_WAYS}')

@@ -336,7 +336,7 @@ def test_training_of_other_images_is_not_taken_up(good, tmp_path, monkeypatch):
     commands = ('score', tmp_path, good[0]), ('export', tmp_path, '-o', tmp_path / 'wood.txt')
     for words in commands:
         assert f'note: {tmp_path}: its training was interrupted' in run(*words).stderr
-    assert 'will replace' not in run('fit', good[0].parent, '-o', tmp_path, '--held-out', 2).stderr
+    assert 'holds a detector' not in run('fit', good[0].parent, '-o', tmp_path, '--held-out', 2).stderr
     monkeypatch.undo()
     for other in (dict(images=good[1:]), dict(seed=1)):
         with pytest.raises(RuntimeError, match='training.pt: belongs to a training'):
@@ -776,7 +776,7 @@ def test_images_and_detectors_are_not_written_over(wood, saved, tmp_path):
         assert done.exit_code == 2 and words in done.stderr and not done.stdout
     assert run('score', model, image, '-q').exit_code == 0 and [*image.parent.iterdir()] == [image]
     done = run('fit', image.parent, '-o', model)
-    assert f'note: {model}: holds a detector, which this one will replace' in done.stderr
+    assert f'{model}: holds a detector' in done.stderr and '--force' in done.stderr
     assert done.exit_code == 2
 
 
@@ -797,11 +797,11 @@ MISTAKES = [
     ('fit nowhere -o x', 'no such folder'), ('fit {wood} -o x --set epochs', 'NAME=VALUE'),
     ('fit {wood} -o x --set epochs=-1', 'epochs=-1'), ('fit {wood} -o x --profile best', 'best'),
     ('fit {wood} -o x --set layers=(3,4) --set grey_textures=True --set epochs=-1', 'epochs=-1'),
-    ('fit {wood} -o x --set density_layers=(3,)', 'density_layers'),
+    ('fit {wood} -o x --method cse --set density_layers=(3,)', 'density_layers'),
     ('fit {wood} -o x --method best', 'expected one of cse, hybrid'),
     ('fit {wood}/train/good -o x --textures nowhere', 'no such folder'),
     ('fit {wood}/train/good -o x --weights nothing.pth', 'no such file'),
-    ('fit {wood}/train/good -o x --held-out 2', 'held_out'),
+    ('fit {wood}/train/good -o x --held-out 2', '--held-out 2'),
     ('fit {wood} -o x --set profile=paper', '--profile'), ('fit {wood} -o x', 'wood/train/good'),
     ('fit {wood}/.. -o x', '/train/good'), ('fit {wood}/test -o x', '{wood}/test/good'),
     ('fit _ -o x', 'is empty'), ('score {saved} _', 'is empty'), ('score {saved} {wood} --csv _', 'is empty'),

@@ -540,7 +540,7 @@ def test_the_command_line_takes_bits(tmp_path, monkeypatch):
     def refuse(*args, **settings):
         given.append(settings.get('bits'))
         raise DataError('enough')
-    monkeypatch.setattr('cse.deploy.saving.new_detector', refuse)
+    monkeypatch.setattr('cse.deploy.fitting.fit_config', refuse)
     monkeypatch.setattr('cse.deploy.saving.load', refuse)
     folder = str(tmp_path)
     for line in (['fit', folder, '-o', f'{folder}/m'], ['score', 'm', folder], ['calibrate', 'm', folder]):
@@ -564,6 +564,7 @@ def test_a_calibration_keeps_its_bits(tmp_path, monkeypatch):
         detector.config = Config.smoke(**other)
         return detector
     monkeypatch.setattr('cse.deploy.saving.load', load)
+    monkeypatch.setattr('cse.deploy.runtime.save_runtime', lambda *args: True)
     (tmp_path / 'model.json').write_text('{"config": {"device": "cpu", "weights": "packaged"}}')
     done = CliRunner().invoke(app, ['calibrate', str(tmp_path), 'images', '--bits', '12'])
     assert done.exit_code == 0, done.output

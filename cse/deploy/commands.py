@@ -6,15 +6,15 @@
 __all__ = ['commands', 'fit', 'calibrate', 'score', 'evaluate', 'export_', 'show_config', 'watch', 'demo']
 
 # %% ../../nbs/deploy/20_commands.ipynb #c0de0003
-import json, sys
+import json, sys, time
 from pathlib import Path
 from typing import Annotated
 import typer
 from .options import (
-    Alpha, Bits, Calibrated, Category, Csv, Device, Exported, Extractor,
-    Fitted, GoodImages, HeldOut, Json, Method, Model, NewImages, Overlays,
-    Profile, Quiet, Settings, Sources, Textures, Weights, Where,
-    errors, note, say, settings_from, stop, stop_if)
+    Alpha, Bits, Calibrated, Category, Csv, Device, Exported, Extractor, Fitted, Force,
+    GoodImages, HeldOut, Json, Method, Model, NewImages, Overlays,
+    Profile, Quiet, Seed, Settings, Sources, Textures, Weights, Where,
+    errors, loading, note, say, settings_from, stop, stop_if)
 
 # %% ../../nbs/deploy/20_commands.ipynb #c0de0005
 commands = typer.Typer()
@@ -37,51 +37,94 @@ def _allowed(detector, alpha, context) -> float | None:
     if calibration_of(detector) or asked: note(f'no decisions, {why}')
     return None
 
-def _warn_replaced(folder):
-    "Say that there is a detector already, unless its training run goes on."
-    if folder and (folder/'model.json').exists() and not (folder/'training.pt').exists():
-        note(f'{folder}: holds a detector, which this one will replace')
+def _compile(detector, folder, quiet):
+    "Lay the compiled form beside a saved detector."
+    from cse.data.timing import waiting
+    from cse.deploy.runtime import save_runtime
+    with waiting('compiling', not quiet): save_runtime(detector, folder)
 
-def _tell(detector, folder, as_json):
+def _tell(detector, folder, as_json, **more):
     "What a detector is, and where it was saved."
+    from cse.deploy.fitting import calibration_summary, fit_lines
     from cse.deploy.inspection import fit_summary
     about = dict(model=str(folder)) | fit_summary(detector)
-    say(json.dumps(about) if as_json else f'{detector!r}\nsaved in {folder}')
+    about |= calibration_summary(detector.calibration) | more
+    say(json.dumps(about) if as_json else fit_lines(about))
+
+# %% ../../nbs/deploy/20_commands.ipynb #f17c0001
+def _plan(folder, config, method, held_out):
+    "What a fit will do. The images of a folder are counted without PyTorch."
+    from cse.deploy.fitting import Plan, good_files, images_kept
+    images = None
+    if not folder.exists() and folder.name.startswith('tilda'):
+        from cse.deploy.inspection import is_fabric, read_category
+        if is_fabric(folder): images = read_category(folder, config).train
+    images = images or good_files(folder)
+    return Plan(images, config, method, images_kept(len(images), held_out))
+
+def _draw_textures(side):
+    "Draw the built-in textures, which are kept, on another core than the one that loads PyTorch."
+    from cse.data.builtin import builtin_textures
+    builtin_textures(side)
+
+def _fit(folder, plan, textures, seed, output, quiet, as_json):
+    "Do what is planned, and tell how it went."
+    from concurrent.futures import ThreadPoolExecutor
+    start = time.perf_counter()
+    if not quiet: print(plan, file=sys.stderr, flush=True)
+    if any(output.glob('training*.pt')): note(f'{output}: its interrupted fit is taken up')
+    with loading(not quiet), ThreadPoolExecutor(1) as pool:
+        if not textures: pool.submit(_draw_textures, plan.config.crop)
+        from cse.deploy.saving import METHODS
+    detector = METHODS[plan.method](plan.config, textures, seed)
+    images = folder if folder.is_dir() else plan.images
+    detector.fit(images, progress=not quiet, held_out=plan.share, folder=output)
+    _compile(detector, output, quiet)
+    looked_at = _unusual(detector, output)
+    _tell(detector, output, as_json, seconds=round(time.perf_counter() - start, 1), **looked_at)
+    if detector.interrupted:
+        stop(f'interrupted after {len(detector.history)} of {detector.config.epochs} epochs; '
+             'the detector has the best weights so far, and the same command goes on', 130)
+
+def _unusual(detector, folder) -> dict:
+    "Good images that look unusual, and the file that shows them."
+    from cse.deploy.fitting import save_sheet, unusual_images
+    good, sheet = detector.good, folder/'unusual.jpg'
+    rows = unusual_images(good.paths, good.image, detector.calibration)
+    save_sheet(rows, sheet, detector.config.bits)
+    return dict(unusual=rows, sheet=str(sheet))
 
 # %% ../../nbs/deploy/20_commands.ipynb #12656258
 @commands.command()
 def fit(
     folder: GoodImages,
     output: Fitted,
-    method: Method = 'cse',
-    profile: Profile = 'smoke',
+    method: Method = '',
+    profile: Profile = 'inspection',
     textures: Textures = None,
     extractor: Extractor = '',
     weights: Weights = '',
-    held_out: HeldOut = 0.2,
+    held_out: HeldOut = 'auto',
     bits: Bits = 0,
-    seed: Annotated[int, typer.Option(help='Seed of everything random.')] = 0,
+    seed: Seed = 0,
     device: Device = 'auto',
     set: Settings = None,
+    force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ):
-    """Fit a detector on good images.
+    """Learn what good parts look like, from a folder of good images.
 
-    Example: cse fit wood/train/good -o wood.cse
+    Example: cse fit good -o part.cse
     """
     with errors('interrupted; what was finished is kept'):
-        from cse.deploy.inspection import is_fabric, read_category
-        from cse.deploy.saving import new_detector
+        from cse.deploy.fitting import check_free, fit_config, method_of
+        method = method_of(profile, method)
         settings = settings_from(set, extractor=extractor, weights=weights, device=device, bits=bits)
-        detector = new_detector(method, profile, textures, seed, **settings)
-        _warn_replaced(output)
-        images = read_category(folder, detector.config).train if is_fabric(folder) else folder
-        detector.fit(images, progress=not quiet, held_out=held_out, folder=output)
-        _tell(detector, output, as_json)
-        if detector.interrupted:
-            stop(f'interrupted after {len(detector.history)} of {detector.config.epochs} epochs; '
-                 'the detector has the best weights so far, and the same command goes on', 130)
+        config = fit_config(method, profile, **settings)
+        check_free(output, force)
+        plan = _plan(folder, config, method, held_out)
+        _fit(folder, plan, textures, seed, output, quiet, as_json)
 
 # %% ../../nbs/deploy/20_commands.ipynb #c2302831
 @commands.command()
@@ -92,26 +135,30 @@ def calibrate(
     bits: Bits = 0,
     weights: Where = '',
     device: Device = 'auto',
+    force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ):
     """Set the threshold anew, with good images that took no part in fitting. A file exported before
     keeps the old one: export again.
 
-    Example: cse calibrate wood.cse monday/good
+    Example: cse calibrate part.cse monday/good
     """
     with errors('interrupted; the detector is as it was'):
         from cse.data.files import check_writable
+        from cse.deploy.fitting import check_free
         from cse.deploy.inspection import check_calibrated
-        detector, target = _load(model, device, weights, bits), output or model
+        target = output or model
+        check_free(target, force or target.resolve() == model.resolve())
+        detector = _load(model, device, weights, bits)
         check_calibrated(detector)
         stored = json.loads((model/'model.json').read_text())['config']
         check_writable(target)
-        _warn_replaced(output)
         detector.calibrate(folder, progress=not quiet)
         own = {name: stored[name] for name in ('device', 'weights')} # those of this call are not kept
         detector.config = detector.config.replace(**own)
         detector.save(target)
+        _compile(detector, target, quiet)
         _tell(detector, target, as_json)
 
 # %% ../../nbs/deploy/20_commands.ipynb #dff82f27
@@ -193,6 +240,7 @@ def export_(
     to: Annotated[str, typer.Option(help='onnx or openvino.')] = 'onnx',
     output: Exported = None,
     weights: Where = '',
+    force: Force = False,
     as_json: Json = False,
 ):
     """Write the whole detector as one network, from image to score and map.
@@ -202,9 +250,11 @@ def export_(
     with errors():
         from cse.config import ConfigError
         from cse.deploy.export import FORMATS, export
+        from cse.deploy.fitting import check_no_file
         if to not in FORMATS: raise ConfigError(f'--to {to}: expected one of {", ".join(FORMATS)}')
         place = model.resolve()
         beside = place.parent/(place.name.removesuffix('.cse') + FORMATS[to])
+        check_no_file(output or beside, force)
         written = export(_load(model, 'cpu', weights), output or beside, to)
         files = [written, written.with_suffix('.bin')] if to == 'openvino' else [written]
         notes = written.with_suffix('.md')
@@ -215,8 +265,8 @@ def export_(
 # %% ../../nbs/deploy/20_commands.ipynb #a04a997a
 @commands.command('show-config')
 def show_config(
-    profile: Annotated[str, typer.Argument(help='smoke, paper or official.')],
-    method: Method = 'cse',
+    profile: Annotated[str, typer.Argument(help='inspection, smoke, paper or official.')],
+    method: Method = '',
     as_json: Json = False,
 ):
     """Every setting of a profile, with its meaning and what is allowed.
@@ -225,8 +275,8 @@ def show_config(
     """
     with errors():
         from dataclasses import fields
-        from cse.deploy.saving import new_detector
-        config = new_detector(method, profile).config
+        from cse.deploy.fitting import fit_config, method_of
+        config = fit_config(method_of(profile, method), profile)
         if as_json: say(json.dumps(config.to_dict(), indent=1))
         for f in () if as_json else fields(config):
             choices = f.metadata['choices']

@@ -16,6 +16,8 @@ from ..data.good_images import (
     find_copies, good_images, image_hash, image_hashes, small_pictures)
 from ..data.forks import between_forks
 from ..data.seeds import seeded, split
+from ..data.timing import waiting
+from ..scoring import Scores
 from ..fast.scikit_learn import labelled_good
 from ..detector import CSE
 from .decisions import Calibration, CalibrationError
@@ -94,7 +96,8 @@ def _warn_of_copies(paths, hashes, pictures, last):
 
 class Calibrated(Decisions):
     "Adds a calibration to a detector: `class CalibratedCSE(Calibrated, CSE)`."
-    _kept = None # What is held out of the fit that is going on; see `fit`
+    _current = None # Paths, held-out images and their traces in the fit that is going on; see `fit`
+    good: Scores | None = None # Of the images of the last fit, held-out ones last; not saved
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
@@ -115,29 +118,42 @@ class Calibrated(Decisions):
         "Fit, and calibrate with held-out images. Takes images and raises as `CSE.fit`."
         images = labelled_good(good_images(images, self.config), y)
         fitted, kept = _hold_out(images, held_out, self.seed)
-        if not kept: return super().fit(images, None, progress, folder)
         try: self.check(len(fitted))
         except DataError as e:
+            if not kept: raise
             kept = f'held_out={held_out} keeps {len(kept)} of the {len(images)} images'
             raise DataError(f'{e}; {kept}') from e
-        paths = fitted.paths and fitted.paths + kept.paths
-        self._kept = paths, kept, *_traces(kept) # reads every image before any work is done
+        paths = fitted.paths and fitted.paths + (kept.paths if kept else [])
+        with waiting('reading', progress): # every held-out image, before any work is done
+            traces = _traces(kept) if kept else None
+        self._current = paths, kept, traces, progress
         try: return super().fit(fitted, None, progress, folder)
-        finally: self._kept = None
+        finally: self._current = None
 
     def _forget(self, *args):
-        self.calibration, self.seen = None, {}
+        self.calibration, self.seen, self.good = None, {}, None
         super()._forget(*args)
+
+    @torch.no_grad()
+    def _fitted_scores(self, cache) -> np.ndarray:
+        "Scores of the images that are in the cache."
+        head, parts = self.head(), torch.arange(len(cache)).split(64)
+        device = self.extractor.device
+        found = [head(*(f[rows].to(device) for f in cache.features))[0] for rows in parts]
+        return torch.cat(found).cpu().numpy()
 
     def _complete(self, cache):
         "Note which images were seen, and calibrate with those held out."
         self.seen = dict(fitted=[image_hash(image) for image in cache.images])
-        if not self._kept: return
-        paths, kept, hashes, pictures = self._kept
-        fitted = [small_pictures(part) for part in cache.images.split(256)]
-        known = self.seen['fitted'] + hashes, torch.cat([*fitted, pictures])
-        _warn_of_copies(paths, *known, len(kept))
-        self._calibrate(kept, hashes)
+        paths, kept, traces, progress = self._current
+        scores = self._fitted_scores(cache)
+        if kept:
+            hashes, pictures = traces
+            fitted = [small_pictures(part) for part in cache.images.split(256)]
+            known = self.seen['fitted'] + hashes, torch.cat([*fitted, pictures])
+            _warn_of_copies(paths, *known, len(kept))
+            scores = np.append(scores, self._calibrate(kept, hashes, progress).image)
+        self.good = Scores(scores, None, self.config.crop, paths)
 
     def calibrate(self,
         images: ImageSource, # Good images that took no part in fitting
@@ -154,15 +170,16 @@ class Calibrated(Decisions):
             raise DataError(f'{len(before)} of {len(hashes)} images took part in fitting, '
                             f'{first} first; expected others')
         _warn_of_copies(images.paths, hashes, pictures, len(images))
-        return self._calibrate(images, hashes, progress)
+        self._calibrate(images, hashes, progress)
+        return self
 
-    def _calibrate(self, images, hashes, progress=False):
+    def _calibrate(self, images, hashes, progress=False) -> Scores:
         found = self.score(images, progress=progress)
         peaks = None if found.coarse is None else found.coarse.max((1, 2))
         calibration = Calibration(found.image, peaks)
         seen = self.seen | dict(calibrated=hashes)
         with between_forks(), _settling: self.calibration, self.seen = calibration, seen
-        return self
+        return found
 
     def took_part(self,
         images: ImageSource, # Images of any kind

@@ -11,7 +11,7 @@ import numpy as np, torch
 from tqdm import tqdm
 from ..config import Config
 from ..data.images import Images
-from ..data.timing import Stopwatch
+from ..data.timing import Stopwatch, ticking
 from ..data.files import cache_folder
 from ..extractor import FeatureExtractor
 
@@ -44,8 +44,8 @@ class FeatureCache:
         batches = images.batches(batch_size)
         self.images = self.features = None
         start = 0
-        with tqdm(total=count, desc='features', unit='image',
-                  disable=not progress, leave=False) as bar:
+        bar = tqdm(total=count, desc='features', unit='image', disable=not progress, leave=False)
+        with ticking(bar):
             while start < count:
                 with clock('read'): batch = next(batches)
                 with clock('extractor'): maps = extractor(batch)

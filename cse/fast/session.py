@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from ..config import Config, digest
-from ..data.timing import Stopwatch
+from ..data.timing import Stopwatch, ticking
 from ..data.files import replacing
 from ..model import Decoder
 from ..training import (
@@ -29,9 +29,13 @@ class ProgressBar(Callback):
         shown: bool = True, # Show it?
     ):
         self.bar = tqdm(total=epochs, desc='training', unit='epoch', disable=not shown, leave=False)
+        self.ticking = ticking(self.bar)
 
-    def __enter__(self): return self
-    def __exit__(self, *exception): self.bar.close()
+    def __enter__(self):
+        self.ticking.__enter__()
+        return self
+
+    def __exit__(self, *exception): self.ticking.__exit__(*exception)
 
     def before_training(self, state: TrainingState): self.bar.update(len(state.history.epochs))
 

@@ -1,0 +1,218 @@
+"`cse fit` for an engineer: what it says before, what it keeps aside, what it refuses, and what it leaves."
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from typer.testing import CliRunner
+
+import cse
+from cse.cli import app
+from cse.config import Config, from_profile
+from cse.deploy import fitting
+from cse.deploy.runtime import Runtime
+from cse.extensions.decisions import images_needed
+from cse.extensions.hybrid import HybridCSE
+from cse.extractor import WeightsError, load_model
+
+SMALL = ['--set', 'epochs=1', '--set', 'resize=64', '--set', 'crop=64', '--device', 'cpu',
+         '--extractor', 'test_efficientnet', '--weights', 'random']
+
+
+def run(*words, status=0):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == status, done.output
+    return done
+
+
+def refused(*words):
+    "One line, of two sentences at most, and nothing on standard output."
+    done = run(*words, status=2)
+    lines = [line for line in done.stderr.replace('\r', '\n').splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1 and not done.stdout and lines[0].count('. ') <= 1
+    return lines[0]
+
+
+def write(folder, count, size=(64, 64), same=False):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        values = np.random.default_rng(0 if same else i).integers(90, 160, (*size[::-1], 3), np.uint8)
+        Image.fromarray(values).save(folder / f'{i:02}.png')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    return write(tmp_path_factory.mktemp('data') / 'good', 30)
+
+
+@pytest.fixture(scope='module')
+def fitted(good, tmp_path_factory):
+    "A detector, and what the command said."
+    model = tmp_path_factory.mktemp('model') / 'my part.cse'
+    return model, run('fit', good, '-o', model, *SMALL)
+
+
+# --- what is kept aside
+
+def test_images_kept_aside_promise_five_percent_where_they_can():
+    kept = [fitting.images_kept(n) for n in range(4, 600)]
+    assert kept == sorted(kept)
+    for n, k in enumerate(kept, 4):
+        assert k == 0 and n < 6 or 2 <= k <= n // 3 and (k >= 19 or n < 57)
+    assert [fitting.images_kept(n) for n in (30, 60, 300)] == [10, 19, 60]
+    assert fitting.images_wanted(0.05) == 57 and fitting.images_kept(fitting.images_wanted(0.01)) == 99
+
+
+@pytest.mark.parametrize('kept', [0, 2, 10, 18, 19, 98, 99, 500])
+def test_what_can_be_promised_is_said_in_two_sentences(kept):
+    text = fitting.promise(kept)
+    assert text.count('. ') <= 1 and ('5 %' in text) == (kept > 0)
+    assert ('1 in' in text) == (0 < kept < images_needed(0.05))
+
+
+# --- the profile
+
+def test_inspection_is_the_smoke_profile_without_a_border():
+    changed = {name for name in Config.smoke().to_dict()
+               if getattr(from_profile('inspection'), name) != getattr(Config.smoke(), name)}
+    assert changed == {'profile', 'resize'} and from_profile('inspection').resize == 224
+    assert fitting.method_of('inspection') == 'hybrid' and fitting.method_of('smoke') == 'cse'
+    assert fitting.method_of('paper', 'hybrid') == 'hybrid'
+    assert 'density_layers' in run('show-config', 'inspection').stdout
+    assert 'density_layers' not in run('show-config', 'inspection', '--method', 'cse').stdout
+
+
+def test_a_border_that_is_cut_off_is_told(good):
+    images = fitting.good_files(good)
+    def told(**settings):
+        return str(fitting.Plan(images, Config.smoke(**settings), 'cse', 0))
+    assert 'the outer 23 % cut off' in told() and 'whole' not in told()
+    assert 'used whole at 224×224' in told(resize=224) and 'central 224×224 pixels' in told(resize=0)
+    assert 'central square' in told(resize_mode='shorter')
+    assert 'about' in told() and 'about' not in told(extractor='test_efficientnet')
+
+
+# --- a fit
+
+def test_a_fit_is_planned_shown_and_summed_up(fitted, good):
+    model, done = fitted
+    plan = done.stderr.splitlines()[0]
+    assert '30 images of 64×64 pixels, used whole at 64×64, 10 kept aside' in plan and 'hybrid' in plan
+    phases = 'reading', 'textures', 'extractor', 'features', 'training'
+    shown = [done.stderr.find(phase) for phase in phases]
+    assert -1 < shown[0] and shown == sorted(shown)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith('fitted on 20 images, threshold from 10 others, in ')
+    assert '1 in 11' in lines[1] and '57' in lines[1]
+    assert lines[-1].endswith(f"cse score '{model}' NEW_IMAGES")
+    detector = cse.load(model)
+    assert type(detector) is HybridCSE and detector.config.profile == 'inspection'
+    assert f'threshold: {detector.calibration.threshold(0.1):.4g}' in lines[2]
+    assert Image.open(model / 'unusual.jpg').size == (4 * 208 + 8, 3 * 244 + 8)
+    assert str(model / 'unusual.jpg') in lines[3]
+    assert Runtime(model).calibration.scores == pytest.approx(detector.calibration.scores)
+
+
+def test_one_object_on_standard_output(good, tmp_path):
+    options = '--json', '-q', '--method', 'cse', '--held-out', 0.2
+    done = run('fit', good, '-o', tmp_path / 'm', *options, *SMALL)
+    about = json.loads(done.stdout)
+    assert about['images'] == 24 and about['calibration_images'] == 6 and not done.stderr
+    assert about['alpha'] == about['smallest_alpha'] == 1 / 7
+    aside = [row for row in about['unusual'] if row['kept_aside']]
+    assert aside[0]['relative_score'] == 1 and len(aside) == 4 and len(about['unusual']) == 12
+    names = {row['path'] for row in about['unusual']}
+    assert len(names) == 12 and names < {str(path) for path in good.iterdir()}
+
+
+def test_scores_of_the_fit_are_those_of_the_detector(good):
+    config = from_profile('inspection', epochs=1, resize=64, crop=64, device='cpu', engine='torch',
+                          extractor='test_efficientnet', weights='random')
+    detector = HybridCSE(config).fit(good, progress=False, held_out=1 / 3)
+    again = detector.score(detector.good.paths).image
+    assert np.allclose(again, detector.good.image, rtol=1e-3, atol=1e-3)
+    assert sorted(detector.good.image[-10:]) == pytest.approx(detector.calibration.scores)
+
+
+def test_a_sheet_of_odd_images(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 4096, (40, 300), np.uint16)
+    names = 'x' * 80 + '.png', '日本.png'
+    for name in names:
+        Image.fromarray(grey).save(tmp_path / name)
+    rows = [dict(path=str(tmp_path / name), kept_aside=False, relative_score=None) for name in names]
+    fitting.save_sheet(rows, tmp_path / 'sheet.jpg', bits=12)
+    sheet = np.asarray(Image.open(tmp_path / 'sheet.jpg').convert('L')).astype(float)
+    assert sheet.shape == (252, 840) and sheet[95:115, 20:200].std() > 10  # a picture, and not a black one
+
+
+# --- what is refused, before PyTorch is needed
+
+def test_a_detector_is_replaced_on_request_only(fitted, good, tmp_path, monkeypatch):
+    model = Path(shutil.copytree(fitted[0], tmp_path / 'model'))
+    before = (model / 'model.json').read_bytes()
+    monkeypatch.setattr('cse.extensions.hybrid.HybridCSE.fit', None)
+    assert '--force' in refused('fit', good, '-o', model, *SMALL)
+    assert '--force' in refused('calibrate', fitted[0], good, '-o', model)
+    (model / 'training.pt').touch()
+    fitting.check_free(model)  # its training goes on
+    (file := tmp_path / 'x.onnx').write_bytes(b'mine')
+    assert '--force' in refused('export', fitted[0], '-o', file)
+    assert file.read_bytes() == b'mine' and (model / 'model.json').read_bytes() == before
+    monkeypatch.undo()
+    (model / 'training.pt').unlink()
+    run('fit', good, '-o', model, '--force', '-q', '--seed', 1, *SMALL)
+    assert cse.load(model).seed == 1
+
+
+@pytest.mark.parametrize('words, expected', [
+    (('{three}',), '3 images; expected at least 4, and 57 or more'),
+    (('{category}',), '{category}/train/good'),
+    (('{good}', '--set', 'epoch=3'), "did you mean 'epochs'?"), (('{good}', '--set', 'qqq=3'), 'show-config'),
+    (('{good}', '--set', 'embeders=3'), "'embedders'"), (('{good}', '--held-out', 'few'), 'expected auto'),
+    (('{good}', '--held-out', '-0.1'), 'expected auto'), (('{good}', '--method', 'best'), 'cse, hybrid')])
+def test_mistakes_are_answered_without_loading_anything(words, expected, good, tmp_path, monkeypatch):
+    places = dict(good=good, three=write(tmp_path / 'three', 3), category=tmp_path / 'wood')
+    write(tmp_path / 'wood/train/good', 4)
+    monkeypatch.setitem(sys.modules, 'cse.deploy.saving', None)
+    message = refused('fit', *(w.format(**places) for w in words), '-o', tmp_path / 'm', '-q')
+    assert expected.format(**places) in message and 'Settings:' not in message
+    assert not (tmp_path / 'm').exists()
+
+
+def test_one_image_many_times_is_told(tmp_path, caplog):
+    run('fit', write(tmp_path / 'same', 12, same=True), '-o', tmp_path / 'm', '-q', *SMALL)
+    same, copies = (record.getMessage() for record in caplog.records)
+    assert 'all 8 are the same, pixel by pixel' in same and '4 of 4 calibration images are copies' in copies
+
+
+def test_sizes_of_images_are_told(tmp_path):
+    folder = write(tmp_path / 'sizes', 4)
+    Image.new('RGB', (200, 100)).save(folder / 'large.png')
+    (folder / 'broken.png').write_bytes(b'')
+    plan = fitting.Plan(fitting.good_files(folder), Config.smoke(), 'cse', 0)
+    assert '6 images of 64×64 to 200×100 pixels' in str(plan)
+
+
+@pytest.mark.parametrize('typed, meant', [
+    ('predict', 'score'), ('Infer', 'score'), ('detect', 'score'), ('train', 'fit'), ('test', 'evaluate'),
+    ('evalute', 'evaluate'), ('scoer', 'score')])
+def test_other_names_of_commands_lead_to_ours(typed, meant):
+    assert refused(typed, 'a', 'b').endswith(f'{typed}: no such command; did you mean `cse {meant}`?')
+
+
+def test_a_command_like_no_other():
+    assert '`cse --help`' in refused('xyzzy')
+
+
+def test_weights_out_of_reach_are_told_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr('timm.create_model', None)
+    with pytest.raises(WeightsError, match='^use weights=.*packaged.*resnet18.*cannot be reached'):
+        load_model('resnet18.a1_in1k', 'timm', (3, 4))
