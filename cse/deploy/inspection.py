@@ -111,7 +111,8 @@ def table(
     for values, path in zip([heads, *cells], ['image', *(printable(row['path']) for row in shown)]):
         words = [v.ljust(w) if n == 'decision' else v.rjust(w) for n, v, w in zip(names, values, widths)]
         lines.append('  '.join([*words, path]))
-    if more := len(rows) - len(shown): lines.append(f'… and {more} more, whose scores are lower')
+    more = len(rows) - len(shown)
+    if more: lines.append(f'… and {more} more with lower scores; --csv or --html has all')
     return '\n'.join(lines)
 
 # %% ../../nbs/deploy/05_inspection.ipynb #5c0e0006
