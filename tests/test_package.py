@@ -129,8 +129,9 @@ def test_the_wheel_is_fitted_and_scores(installed, tmp_path):
     assert (version.stdout.decode(), version.returncode) == (f"cse {SETTINGS['version']}\n", 0)
     done = call(installed / 'bin/python', '-c', USE)
     assert done.returncode == 0, done.stderr.decode()
-    about, saved, head, *lines = done.stdout.splitlines()
+    about, saved, head, *lines, meaning, summary = done.stdout.splitlines()
     assert about.startswith(b'CalibratedCSE(') and saved == b'saved in wood.cse'
-    assert head == b'path,score,p_value,decision' and len(lines) == 8
-    assert sum(line.startswith(b'data/wood/test/good/' + ODD + b',0.') for line in lines) == 1
-    assert all(line.endswith((b',good', b',defective')) for line in lines)
+    assert head.split() == [b'verdict', b'relative', b'score', b'p-value', b'image'] and len(lines) == 8
+    assert sum(line.endswith(b' data/wood/test/good/' + ODD) for line in lines) == 1
+    assert all(line.startswith((b'good ', b'defective ')) for line in lines)
+    assert meaning.startswith(b'relative score: ') and b' of 8 flagged ' in summary

@@ -6,20 +6,21 @@
 __all__ = ['check_labels', 'labelled_folders', 'labelled_csv', 'image_figures', 'decision_figures', 'map_figures', 'evaluation',
            'evaluation_notes', 'labelled_rows', 'mistakes', 'listing']
 
-# %% ../../nbs/deploy/09_evaluation.ipynb #3dbccc06
+# %% ../../nbs/deploy/09_evaluation.ipynb #5c7d0ba8
 import csv, io
 from pathlib import Path
 from typing import Any
 import numpy as np
 from ..config import Config, ConfigError
 from ..data.folders import MASK_NOTES, Category, prepare_masks
+from ..data.good_images import says_good
 from ..data.reading import DataError
 from ..extensions.decisions import Calibration, Scale
 from ..metrics import (
     aupro, auroc,
     auroc_interval, pixel_auroc)
 from .inspection import (
-    calibration_of, image_paths, percent, printable, score_rows)
+    calibration_of, counted, image_paths, percent, printable, score_rows)
 
 # %% ../../nbs/deploy/09_evaluation.ipynb #9bca434a
 def check_labels(
@@ -55,15 +56,12 @@ def labelled_folders(
             raise DataError(f'{path}: is given as good and as bad; expected one of them')
     return _category(passed + failed, ['good'] * len(passed) + ['defective'] * len(failed))
 
-# %% ../../nbs/deploy/09_evaluation.ipynb #396c9701
-_GOOD = 'good', 'ok', 'io', 'pass', 'normal', '0'
-_DEFECTIVE = 'defective', 'defect', 'bad', 'ng', 'nok', 'nio', 'fail', 'anomaly', 'anomalous', 'abnormal', '1'
-
+# %% ../../nbs/deploy/09_evaluation.ipynb #38e28120
 def _label(text, where) -> str:
-    "The label that a word means. Raises `DataError`."
-    word = (text or '').strip().lower()
-    if word in _GOOD: return 'good'
-    if word in _DEFECTIVE: return 'defective'
+    "The label that a word or number means. Raises `DataError`."
+    word = (text or '').strip()
+    is_good = word == '0' if word in ('0', '1') else says_good(word)
+    if is_good is not None: return 'good' if is_good else 'defective'
     raise DataError(f'{where}: label {text!r}; expected good or defective (or ok and ng, 0 and 1)')
 
 def _csv_rows(path) -> list[tuple[int, dict]]:
@@ -220,7 +218,7 @@ def mistakes(
         return sorted(found, key=lambda r: r['score'], reverse=label == 'good')
     return wrong('defective', 'good'), wrong('good', 'defective')
 
-# %% ../../nbs/deploy/09_evaluation.ipynb #5720659a
+# %% ../../nbs/deploy/09_evaluation.ipynb #1923c95b
 def _confusion(figures) -> list[str]:
     "Good and defective images by decision."
     good, bad = figures['good'], figures['images'] - figures['good']
@@ -231,10 +229,10 @@ def _confusion(figures) -> list[str]:
             f'good       {alarms:7}  {good - alarms:11}  {percent(alarms / good)} false alarms '
             f'(expected: {" to ".join(ranges)})']
 
-def _listed(name, rows, most) -> list[str]:
+def _listed(one, many, rows, most) -> list[str]:
     "Mistakes of one kind."
-    if not rows: return [f'no {name}']
-    lines = [f'{len(rows)} {name}, relative score:']
+    if not rows: return [f'no {many}']
+    lines = [f'{counted(len(rows), one, many)}, relative score:']
     lines += [f'{row["relative_score"]:6.2f}  {printable(row["path"])}' for row in rows[:most]]
     if more := len(rows) - most: lines += [f'        … and {more} more'] if more > 0 else []
     return lines
@@ -254,6 +252,7 @@ def listing(
     if 'alpha' in figures:
         lines += ['', f'at the threshold (false-alarm rate at most {percent(figures["alpha"])}):']
         lines += _confusion(figures)
-        for name, found in zip(('misses', 'false alarms'), mistakes(rows)):
-            lines += ['', *_listed(name, found, most)]
+        misses, alarms = mistakes(rows)
+        lines += ['', *_listed('miss', 'misses', misses, most)]
+        lines += ['', *_listed('false alarm', 'false alarms', alarms, most)]
     return '\n'.join(lines)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USUAL_RATE', 'MEANING', 'calibration_of', 'check_calibrated', 'scale_of', 'score_rows', 'worst_first', 'printable',
-           'table', 'percent', 'promise', 'summary', 'write_rows', 'save_rows', 'image_paths', 'check_outputs',
-           'check_pictures', 'is_fabric', 'read_category', 'check_category', 'fit_summary']
+           'table', 'counted', 'percent', 'promise', 'summary', 'write_rows', 'save_rows', 'image_paths',
+           'check_outputs', 'check_pictures', 'is_fabric', 'read_category', 'check_category', 'fit_summary']
 
 # %% ../../nbs/deploy/05_inspection.ipynb #56d3d9fa
 import csv, re
@@ -119,6 +119,14 @@ def table(
 MEANING = ('relative score: 0 is usual for good images, above 1 is flagged; '
            'p-value: share of good images that score as high')
 
+def counted(
+    count: int, # How many
+    one: str, # The word for one
+    many: str = '', # For several; with an s if not given
+) -> str: # Such as '3 images'
+    "A number and its word."
+    return f'{count} {one if count == 1 else many or one + "s"}'
+
 def percent(
     share: float, # In [0, 1]
 ) -> str: # Three significant digits at most
@@ -142,7 +150,8 @@ def summary(
 ) -> str: # One line
     "How many images are flagged."
     read = [row for row in rows if row['score'] is not None]
-    if not scale: return f'{len(read)} images scored; no verdicts without a calibration, see `cse calibrate`'
+    if not scale:
+        return f'{counted(len(read), "image")} scored; no verdicts without a calibration, see `cse calibrate`'
     flagged = sum(row['decision'] == 'defective' for row in read)
     return f'{flagged} of {len(read)} flagged ({promise(scale, calibration)})'
 

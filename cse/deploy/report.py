@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bars', 'histogram', 'roc_points', 'roc', 'confusion', 'write_report']
 
-# %% ../../nbs/deploy/08_report.ipynb #b3a1e4d1
+# %% ../../nbs/deploy/08_report.ipynb #1685ee17
 import base64, json, os
 from datetime import datetime
 from html import escape
@@ -17,7 +17,7 @@ import numpy as np
 from ..data.files import replacing
 from ..data.reading import DataError
 from ..extensions.decisions import Scale
-from .inspection import MEANING, calibration_of, percent, promise
+from .inspection import MEANING, calibration_of, counted, percent, promise
 from .pictures import (
     heat_of, looked_at, read_photo,
     small_jpeg, small_layer)
@@ -148,7 +148,7 @@ def _shown_paths(paths) -> tuple[str, list[str]]:
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     return top, [os.path.relpath(path, top) for path in paths]
 
-# %% ../../nbs/deploy/08_report.ipynb #85d6b845
+# %% ../../nbs/deploy/08_report.ipynb #0b3e3490
 def _about(detector, model, scale, paths) -> str:
     "What a reader must know of the detector, as HTML."
     config, calibration = detector.config, calibration_of(detector)
@@ -164,14 +164,16 @@ def _about(detector, model, scale, paths) -> str:
              ('Images in', top)]
     listed = ''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in items)
     listed = listed.replace(' %', '\u00a0%') # stays on its line
+    listed = listed.replace(' %', '\u00a0%') # stays on its line
     return f'<section class="about"><h2>The detector</h2><dl>{listed}</dl></section>'
 
 def _headline(rows, figures) -> str:
     "What matters most, in a few words."
     if figures:
-        return f'{figures["misses"]} misses and {figures["false_alarms"]} false alarms in {len(rows)} images'
+        return (f'{counted(figures["misses"], "miss", "misses")} and '
+                f'{counted(figures["false_alarms"], "false alarm")} in {counted(len(rows), "image")}')
     flagged = sum(row['decision'] == 'defective' for row in rows)
-    return f'{flagged} of {len(rows)} images flagged'
+    return f'{flagged} of {counted(len(rows), "image")} flagged'
 
 def _facts(rows, figures, scale) -> str:
     "What stands large above, as HTML."
