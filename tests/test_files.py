@@ -385,7 +385,7 @@ def test_evaluate_tells_which_masks_are_lost(lossy, monkeypatch):
     monkeypatch.setattr('cse.deploy.saving.load', lambda folder, **other: given.update(other) or Stub())
     done = CliRunner().invoke(app, ['evaluate', 'model', str(lossy), '--quiet', '--bits', '12'])
     assert done.exit_code == 0 and given['bits'] == 12
-    assert done.stdout.startswith('4 images: ') and 'at the threshold' not in done.stdout
+    assert done.stdout.startswith('8 images: 4 good') and 'at the threshold' not in done.stdout
     for told in ('that vanish when they are resized', 'in the border that is cropped'):
         assert f'note: masks {told} (pixel metrics do not see their defects): ' in done.stderr
     (lossy / 'test/hole/a 3.png').unlink()

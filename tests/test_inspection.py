@@ -402,7 +402,7 @@ def test_a_thousand_images_open_and_can_be_sorted_and_filtered(browser, page):
     assert rising == sorted(rising) and rising[0] < falling[-1]
     browser.find_element('id', 'search').send_keys('bar/01')
     assert shown(browser, '#count')[0].endswith(' of 1000 images')
-    assert {path.rsplit('/', 2)[1:] == ['bar', '01.png'] for path in shown(browser, 'td.file')} == {True}
+    assert set(shown(browser, 'td.file')) == {'bar/01.png'}
     assert browser.get_log('browser') == []
 
 

@@ -218,7 +218,7 @@ def mistakes(
         return sorted(found, key=lambda r: r['score'], reverse=label == 'good')
     return wrong('defective', 'good'), wrong('good', 'defective')
 
-# %% ../../nbs/deploy/09_evaluation.ipynb #1923c95b
+# %% ../../nbs/deploy/09_evaluation.ipynb #61039cbf
 def _confusion(figures) -> list[str]:
     "Good and defective images by decision."
     good, bad = figures['good'], figures['images'] - figures['good']
@@ -249,7 +249,9 @@ def listing(
              f'{figures["auroc_low"]:.3f} to {figures["auroc_high"]:.3f})']
     if 'map_cells' in figures:
         lines.append(f'pixel AUROC {figures["pixel_auroc"]:.3f}, AUPRO {figures["aupro"]:.3f}')
-    if 'alpha' in figures:
+    if 'alpha' not in figures:
+        lines.append('no verdicts without a calibration; see `cse calibrate`')
+    else:
         lines += ['', f'at the threshold (false-alarm rate at most {percent(figures["alpha"])}):']
         lines += _confusion(figures)
         misses, alarms = mistakes(rows)
