@@ -161,7 +161,7 @@ def score(
     Example: cse score wood.cse wood/test --csv scores.csv --html report.html
     """
     with errors('interrupted; no scores were written'):
-        from cse.deploy import inspection
+        import cse.deploy.inspection as inspection
         paths = inspection.image_paths(sources)
         inspection.check_outputs(model, sources, paths, csv_file, html, overlays)
         files = _overlay_files(paths, sources, overlays)
@@ -173,11 +173,10 @@ def score(
         failed = inspection.save_rows(rows, csv_file) if csv_file else []
         _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
     with errors('interrupted; the scores are written, some pictures are not'):
-        failed += _unread(rows)
         if files: failed += _save_overlays(scores, scale, detector, files)
         if html: failed += _save_report(html, detector, model, scale, scores, rows, notes=[lacking])
         _tell_written((csv_file, 'scores'), (html, 'report'), (overlays, 'overlays'), quiet=quiet or failed)
-        stop_if(failed)
+        stop_if(failed + _unread(rows))
 
 # %% ../../nbs/deploy/20_commands.ipynb #5c0e2003
 def _print_evaluation(figures, rows, as_json):
@@ -192,7 +191,8 @@ def _print_evaluation(figures, rows, as_json):
 # %% ../../nbs/deploy/20_commands.ipynb #67f82e1b
 def _labelled(category, good, bad, labels):
     "Labelled images that do not depend on a detector; None for a category. Raises `DataError`."
-    from cse.deploy import evaluation, inspection
+    import cse.deploy.evaluation as evaluation
+    import cse.deploy.inspection as inspection
     evaluation.check_labels(category, good, bad, labels)
     if good: return evaluation.labelled_folders(good, bad)
     if labels: return evaluation.labelled_csv(labels)
@@ -218,22 +218,24 @@ def evaluate(
     Example: cse evaluate wood.cse --good parts/good --bad parts/scratched --html report.html
     """
     with errors():
-        from cse.deploy import evaluation, inspection
+        import cse.deploy.evaluation as evaluation
+        import cse.deploy.inspection as inspection
         found = _labelled(category, good, bad, labels)
-        if html: inspection.check_outputs(model, [], list(map(str, found.test)) if found else [], html=html)
+        if html: inspection.check_outputs(model, [], found.test if found else [], html=html)
         detector = _load(model, device, weights, bits)
-        found = found or inspection.read_category(category, detector.config)
+        if not found:
+            found = inspection.read_category(category, detector.config)
+            if html: inspection.check_outputs(model, [], found.test, html=html)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
         lacking = inspection.check_pictures(detector, scale, bool(html))
         figures, scores = evaluation.evaluation(detector, found, scale, progress=not quiet)
         rows = evaluation.labelled_rows(scores, found, calibration, scale)
         for sentence in evaluation.evaluation_notes(figures, brief=quiet): note(sentence)
         _print_evaluation(figures, rows, as_json)
-        failed = _unread(rows)
         about = figures, [lacking, *evaluation.evaluation_notes(figures)]
-        if html: failed += _save_report(html, detector, model, scale, scores, rows, *about)
+        failed = _save_report(html, detector, model, scale, scores, rows, *about) if html else []
         _tell_written((html, 'report'), quiet=quiet or failed)
-        stop_if(failed)
+        stop_if(failed + _unread(rows))
 
 # %% ../../nbs/deploy/20_commands.ipynb #52b3973d
 @commands.command('export')

@@ -206,7 +206,7 @@ def _check_target(option, file, model, images):
 def check_outputs(
     model: Path, # Folder of the detector
     sources: list[Path], # Images and folders of images
-    paths: list[str], # All images
+    paths: list[str | Path], # All images
     csv_file: Path | None = None, # Where rows go
     html: Path | None = None, # Where the report goes
     overlays: Path | None = None, # Folder where overlays go
