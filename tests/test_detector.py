@@ -697,7 +697,7 @@ def test_who_asks_for_decisions_without_a_calibration_is_refused(plain, good, tm
     silent = run('score', model, good[0], '-q')
     assert 'not calibrated' in asked.stderr and not silent.stderr
     assert asked.exit_code == 2 and silent.exit_code == 0
-    assert silent.stdout.endswith('1 images scored; no verdicts without a calibration, see `cse calibrate`\n')
+    assert silent.stdout.endswith('1 image scored; no verdicts without a calibration, see `cse calibrate`\n')
     for option in ('--html', '--overlays'):
         drawn = run('score', model, good[0], option, tmp_path / 'new')
         assert drawn.exit_code == 2 and f'{option}: this detector is not calibrated' in drawn.stderr
