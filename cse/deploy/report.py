@@ -25,10 +25,13 @@ from .pictures import (
 # %% ../../nbs/deploy/08_report.ipynb #9208a7e7
 _STEP = 0.1 # width of a bar
 
-def _range(values) -> tuple[float, float]:
-    "From where to where a histogram goes: multiples of 1/2."
+def _ticks(values) -> np.ndarray:
+    "The numbers below a histogram, from its beginning to its end: 1/2 apart, or 1 if that is many."
     low, high = np.clip([min(values), max(values)], -2, 4)
-    return min(np.floor(2 * low) / 2, 0), max(np.ceil(2 * high) / 2, 1.5)
+    apart = 0.5 if high - low <= 3 else 1
+    first = min(np.floor(low / apart) * apart, 0)
+    last = max(np.ceil(high / apart) * apart, 1.5 if apart < 1 else 2)
+    return np.arange(first, last + apart / 2, apart)
 
 def bars(
     values: np.ndarray, # Relative scores
@@ -59,11 +62,11 @@ def _bars_svg(name, values, low, high, plain) -> str:
 def _place(value, low, high) -> str:
     return f'{100 * (value - low) / (high - low):.2f}%'
 
-def _axis(low, high, values) -> str:
+def _axis(numbers, values) -> str:
     "The numbers below the bars."
-    ticks = [f'{v:g}'.replace('-', '−') for v in np.arange(low, high + 0.25, 1 if high - low > 3 else 0.5)]
-    if max(values) > high: ticks[-1] += '+'
-    if min(values) < low: ticks[0] = f'≤ {ticks[0]}'
+    ticks = [f'{v:g}'.replace('-', '−') for v in numbers]
+    if max(values) > numbers[-1]: ticks[-1] += '+'
+    if min(values) < numbers[0]: ticks[0] = f'≤ {ticks[0]}'
     spans = [f'<span style="left:{100 * i / (len(ticks) - 1):.2f}%">{t}</span>' for i, t in enumerate(ticks)]
     return f'<div class="axis" aria-hidden="true">{"".join(spans)}</div>'
 
@@ -73,12 +76,13 @@ def histogram(
     "Relative scores of each group, below one another, with the threshold."
     groups = {name: values for name, values in groups.items() if len(values)}
     every = np.concatenate(list(groups.values()))
-    low, high = _range(every)
+    ticks = _ticks(every)
+    low, high = ticks[0], ticks[-1]
     plots = [_bars_svg(name, values, low, high, plain=not i)
              for i, (name, values) in enumerate(groups.items())]
     return ('<figure class="histogram"><h2>Relative scores</h2><div class="plot">'
             f'<div class="axis top"><span style="left:{_place(1, low, high)}">threshold</span></div>'
-            f'{"".join(plots)}{_axis(low, high, every)}</div>'
+            f'{"".join(plots)}{_axis(ticks, every)}</div>'
             f'<figcaption>{MEANING[:1].upper()}{MEANING[1:]}. '
             'Each group has its own height.</figcaption></figure>')
 
