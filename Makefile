@@ -10,8 +10,8 @@
 # make model-selection  settings selected without test images and without the tested surface;
 #                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
 # make spread    how far AUROC is spread between machines and between seeds, for the comparison with the reference
-# make robustness  bad input, damaged files, properties, killed and doubled grids, threads and processes, with counts; the report page in a browser, and
-#                the demo page where gradio is installed (extra demo)
+# make robustness  bad input, damaged files, properties, killed and doubled grids, threads and processes, with counts; report pages in a browser,
+#                and the demo page where gradio is installed (extra demo)
 # make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: the reference on one page that needs no network
 # make prepare   after editing notebooks: clean them, export cse/, write README.md
@@ -94,7 +94,7 @@ spread: $(READY)
 robustness: $(READY)
 	$(call takes,)
 	ROBUSTNESS_KILLS=20 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py \
-	  tests/test_report_page.py tests/test_watch.py tests/test_demo.py tests/test_baselines.py tests/test_threads.py
+	  tests/test_report_page.py tests/test_inspection.py tests/test_watch.py tests/test_demo.py tests/test_baselines.py tests/test_threads.py
 
 cluster-test: $(READY)
 	$(call takes,)

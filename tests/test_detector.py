@@ -98,6 +98,11 @@ def run_json(*words):
     return json.loads(run(*words, '--json', '-q').stdout)
 
 
+def scored(*words):
+    "What `cse score` says of each image."
+    return [json.loads(line) for line in run('score', *words, '--json', '-q').stdout.splitlines()]
+
+
 def copied(folder, to):
     "A saved detector in a folder of the test's own."
     to.mkdir(exist_ok=True)
@@ -586,18 +591,19 @@ def test_help_does_not_load_pytorch():
 def test_command_line(category, saved, tmp_path):
     folder, csv, maps = category / 'test/knot', tmp_path / 'out.csv', tmp_path / 'maps'
     files = sorted(p.name for p in folder.iterdir())
-    found = run_json('score', saved, folder, '--alpha', 0.1)['images']
-    assert [set(i) for i in found] == [{'path', 'score', 'p_value', 'decision'}] * len(files)
+    found = scored(saved, folder, '--alpha', 0.1)
+    names = 'path', 'decision', 'relative_score', 'score', 'p_value'
+    assert [tuple(i) for i in found] == [names] * len(files)
     done = run('score', saved, folder, '--alpha', 0.1, '--csv', csv, '--overlays', maps, '-q')
     assert done.exit_code == 0 and not done.stdout
     assert len(csv.read_text().splitlines()) == 1 + len(files)
-    assert sorted(p.name for p in maps.iterdir()) == [f'{name}.png' for name in files]
+    assert sorted(p.name for p in maps.iterdir()) == files
     about = run_json('evaluate', saved, category, '--alpha', 0.1)
     assert {'auroc', 'false_positive_rate', 'detection_rate', 'pixel_auroc', 'aupro'} < about.keys()
     assert about['images'] == 18 and about['map_cells'] == '3×3'
     for command in (('score', saved, folder), ('evaluate', saved, category)):
         few = run(*command, '--alpha', 0.001, '-q')
-        assert 'no decisions' in few.stderr and few.exit_code == 0
+        assert 'cannot promise' in few.stderr and few.exit_code == 2
 
 
 def test_settings_of_a_profile_are_shown():
@@ -616,20 +622,20 @@ def test_the_method_is_fitted_and_read_again(good, tmp_path):
         model = tmp_path / method
         about = run_json('fit', folder, '-o', model, '--method', method, '--held-out', 0.3, *small)
         assert about['images'] + about['calibration_images'] == 8 and about['epochs'] == 2
-        assert type(cse.load(model)) is kind and len(run_json('score', model, folder)['images']) == 8
+        assert type(cse.load(model)) is kind and len(scored(model, folder)) == 8
 
 
 def test_calibration_anew(category, saved, tmp_path):
     model, other, folder = copied(saved, tmp_path / 'wood.cse'), tmp_path / 'other.cse', tmp_path / 'few'
     few = sorted((category / 'test/good').iterdir())[:9]
-    scores = run_json('score', saved, category / 'test/good')
+    scores = scored(saved, category / 'test/good')
     folder.mkdir()
     for path in few:
         shutil.copy(path, folder)
     about = run_json('calibrate', model, folder, '-o', other)
     assert about['calibration_images'] == 9 and about['smallest_alpha'] == 0.1
     assert (model / 'model.json').read_bytes() == (saved / 'model.json').read_bytes()
-    expected = sorted(image['score'] for image in scores['images'][:9])
+    expected = sorted(image['score'] for image in scores[:9])
     assert np.allclose(cse.load(other).calibration.scores, expected, rtol=1e-4)
     assert run('calibrate', model, folder, '-q').exit_code == 0
     assert len(cse.load(model).calibration) == 9
@@ -649,7 +655,7 @@ def test_calibration_anew(category, saved, tmp_path):
 def test_a_detector_without_a_threshold_scores_only(good, plain, category, tmp_path):
     "A `CSE` of the library has no calibration at all."
     bare = CSE(plain.config).fit(good[:6], progress=False).save(tmp_path)
-    assert set(run_json('score', bare, good[0])['images'][0]) == {'path', 'score'}
+    assert set(scored(bare, good[0])[0]) == {'path', 'score'}
     assert 'auroc' in run_json('evaluate', bare, category)
     done = run('calibrate', bare, category / 'test/good', '-q')
     assert done.exit_code == 2 and 'has no threshold' in done.stderr
@@ -685,12 +691,16 @@ def test_more_false_alarms_than_chance_explains_are_told(detector, category, tmp
     assert about['false_positive_low'] < 0.2 < high < 1
 
 
-def test_who_asks_for_decisions_hears_why_there_are_none(plain, good, tmp_path):
-    plain.save(tmp_path)
-    asked = run('score', tmp_path, good[0], '--alpha', 0.05, '-q')
-    silent = run('score', tmp_path, good[0], '-q')
+def test_who_asks_for_decisions_without_a_calibration_is_refused(plain, good, tmp_path):
+    model = plain.save(tmp_path / 'm.cse')
+    asked = run('score', model, good[0], '--alpha', 0.05, '-q')
+    silent = run('score', model, good[0], '-q')
     assert 'not calibrated' in asked.stderr and not silent.stderr
-    assert asked.exit_code == silent.exit_code == 0
+    assert asked.exit_code == 2 and silent.exit_code == 0
+    assert silent.stdout.endswith('1 image scored; no verdicts without a calibration, see `cse calibrate`\n')
+    for option in ('--html', '--overlays'):
+        drawn = run('score', model, good[0], option, tmp_path / 'new')
+        assert drawn.exit_code == 2 and f'{option}: this detector is not calibrated' in drawn.stderr
 
 
 # --- what the command line writes
@@ -701,7 +711,7 @@ def test_a_pipe_is_written_and_a_link_is_kept(wood, saved, tmp_path):
     link.symlink_to(tmp_path / 'far.csv')
     with ThreadPoolExecutor() as pool:
         read = pool.submit(pipe.read_text)
-        found = run_json('score', saved, image, '--csv', pipe)['images']
+        found = scored(saved, image, '--csv', pipe)
         assert len(read.result(60).splitlines()) == 1 + len(found) == 2 and pipe.is_fifo()
     assert run('score', saved, image, '--csv', link, '-q').exit_code == 0
     assert link.is_symlink() and str(image) in (tmp_path / 'far.csv').read_text()
@@ -723,7 +733,7 @@ def test_unreadable_images_do_not_cost_the_others(wood, saved, tmp_path):
     for i, path in enumerate(sorted((wood / 'test/good').iterdir())[:3]):
         (folder / f'{i}.png').write_bytes(path.read_bytes()[:None if i else 99])
     done = run('score', saved, folder, '--json', '-q', '--overlays', tmp_path / 'maps')
-    images = json.loads(done.stdout)['images']
+    images = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.exit_code == 1 and images[0]['score'] is None and images[1]['score'] > 0
     assert '1 of 3 images could not be read' in done.stderr
     assert len(list((tmp_path / 'maps').iterdir())) == 2
@@ -757,7 +767,7 @@ def test_scores_outlive_what_cannot_be_written(category, saved, tmp_path, monkey
         return
     assert done.exit_code == (1 if scored else 2)
     if written:
-        assert 'maps/000.png.png: could not be written (No space left on device)' in done.stderr
+        assert 'maps/000.png: could not be written (No space left on device)' in done.stderr
         assert ' more' in done.stderr
     elif scored:
         assert 'out.csv: could not be written (No space left on device)' in done.stderr

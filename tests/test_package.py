@@ -112,7 +112,8 @@ next((root / 'test/good').iterdir()).rename(root / 'test/good' / os.fsdecode(NAM
 assert cse.lab.machine.source_hash()
 small = ['--set', 'epochs=1', '--set', 'resize=64', '--set', 'crop=64', '--held-out', '0.4']
 for words in (['fit', f'{root}/train/good', '-o', 'wood.cse', *small],
-              ['score', 'wood.cse', *map(str, (root / 'test').iterdir()), '--alpha', '0.3']):
+              ['score', 'wood.cse', *map(str, (root / 'test').iterdir()), '--alpha', '0.3',
+               '--html', 'report.html']):
     cse.cli.app([*words, '-q'], standalone_mode=False)
 '''
 
@@ -130,8 +131,10 @@ def test_the_wheel_is_fitted_and_scores(installed, tmp_path):
     done = call(installed / 'bin/python', '-c', USE)
     assert done.returncode == 0, done.stderr.decode()
     about, found, rest = done.stdout.partition(b'saved in wood.cse')
-    _, head, *lines = rest.splitlines()
+    _, head, *lines, meaning, summary = rest.splitlines()
     assert found and about.startswith(b'fitted on 6 images, threshold from 4 others')
-    assert head == b'path,score,p_value,decision' and len(lines) == 8
-    assert sum(line.startswith(b'data/wood/test/good/' + ODD + b',0.') for line in lines) == 1
-    assert all(line.endswith((b',good', b',defective')) for line in lines)
+    assert head.split() == [b'verdict', b'relative', b'score', b'p-value', b'image'] and len(lines) == 8
+    assert sum(line.endswith(b' data/wood/test/good/' + ODD) for line in lines) == 1
+    assert all(line.startswith((b'good ', b'defective ')) for line in lines)
+    assert (tmp_path / 'report.html').stat().st_size > 50_000
+    assert meaning.startswith(b'relative score: ') and b' of 8 flagged ' in summary

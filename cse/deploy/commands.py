@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .options import (
-    Alpha, Bits, Calibrated, Category, Csv, Device, Exported, Extractor, Fitted, Force,
-    GoodImages, HeldOut, Json, Method, Model, NewImages, Overlays,
-    Profile, Quiet, Seed, Settings, Sources, Textures, Weights, Where,
-    errors, loading, note, say, settings_from, stop, stop_if)
+    Alpha, Arriving, BadTests, Bits, Calibrated, Category, Csv, Device, Every,
+    Existing, Exported, Extractor, Fitted, Force, GoodImages, GoodTests,
+    HeldOut, Host, Html, JournalFile, Json, JsonLines, Labels, LinkTo, Method,
+    Model, MoveTo, NewImages, Once, Overlays, Patience, Port, Profile, Quiet,
+    Seed, Settings, Sources, Textures, Weights, Where, errors, loading, note,
+    say, settings_from, stop, stop_if)
 
 # %% ../../nbs/deploy/20_commands.ipynb #c0de0005
 commands = typer.Typer()
@@ -28,14 +30,12 @@ def _load(model, device, weights='', bits=0):
     if detector.interrupted: note(f'{model}: its training was interrupted before it was over')
     return detector
 
-def _allowed(detector, alpha, context) -> float | None:
-    "The false-alarm rate of decisions, None where the detector cannot decide. Raises `ConfigError`."
-    from cse.deploy.inspection import calibration_of, why_no_decisions
-    why = why_no_decisions(detector, alpha)
-    if not why: return alpha
-    asked = context.get_parameter_source('alpha').name != 'DEFAULT'
-    if calibration_of(detector) or asked: note(f'no decisions, {why}')
-    return None
+def _open(model, device, weights='', bits=0):
+    "A saved detector that scores, without PyTorch where that is possible."
+    from cse.deploy.runtime import open_detector
+    detector = open_detector(model, device, weights, bits)
+    if detector.interrupted: note(f'{model}: its training was interrupted before it was over')
+    return detector
 
 def _compile(detector, folder, quiet):
     "Lay the compiled form beside a saved detector."
@@ -161,55 +161,108 @@ def calibrate(
         _compile(detector, target, quiet)
         _tell(detector, target, as_json)
 
+# %% ../../nbs/deploy/20_commands.ipynb #5c0e2002
+def _overlay_files(paths, sources, folder):
+    "Where overlays go; none without a folder. Raises `ConfigError`."
+    from cse.deploy.pictures import overlay_files
+    return overlay_files(paths, sources, folder) if folder else []
+
+def _save_overlays(scores, scale, detector, files) -> list[str]:
+    "Draw overlays."
+    from cse.deploy.pictures import save_overlays
+    return save_overlays(scores, scale, detector.config, files)
+
+def _save_report(html, detector, model, scale, scores, rows, figures=None, notes=()) -> list[str]:
+    "Write the page."
+    from cse.deploy.report import write_report
+    return write_report(html, detector, model, scale, scores, rows, figures, list(filter(None, notes)))
+
 # %% ../../nbs/deploy/20_commands.ipynb #dff82f27
-def _print_rows(rows, as_json, csv_file, **about):
-    "Rows as one JSON object, or as CSV unless they go into a file."
-    from cse.deploy.inspection import write_rows
-    if as_json: say(json.dumps(about | dict(images=rows)))
-    elif not csv_file: write_rows(rows, sys.stdout)
+def _print_scores(rows, scale, calibration, as_json, silent):
+    "Scores as JSON lines, or as a table."
+    from cse.deploy.inspection import MEANING, summary, table
+    if as_json:
+        for row in rows: say(json.dumps(row))
+    elif not silent:
+        say(table(rows))
+        if scale: say(MEANING)
+        say(summary(rows, scale, calibration))
+
+def _tell_written(*files, quiet=False):
+    "Name what was written, on standard error."
+    written = [f'{path} ({what})' for path, what in files if path]
+    if written and not quiet: note(f'written: {", ".join(written)}')
+
+def _unread(rows) -> list[str]:
+    "A sentence if images could not be read."
+    missing = sum(row['score'] is None for row in rows)
+    return [f'{missing} of {len(rows)} images could not be read'] if missing else []
 
 @commands.command()
 def score(
-    context: typer.Context,
     model: Model,
     sources: Sources,
     csv_file: Csv = None,
+    html: Html = None,
     overlays: Overlays = None,
-    alpha: Alpha = 0.05,
+    alpha: Alpha = None,
     bits: Bits = 0,
     weights: Where = '',
     device: Device = 'auto',
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: JsonLines = False,
 ):
     """Score images, and decide where the detector is calibrated.
 
-    Example: cse score wood.cse wood/test --csv scores.csv --overlays maps
+    Example: cse score wood.cse wood/test --csv scores.csv --html report.html
     """
     with errors('interrupted; no scores were written'):
-        from cse.deploy.inspection import (
-            calibration_of, check_outputs, images_to_score, save_overlays, save_rows, score_rows)
-        check_outputs(model, sources, csv_file, overlays)
-        detector = _load(model, device, weights, bits)
-        allowed = _allowed(detector, alpha, context)
-        images = images_to_score(sources, detector.config, csv_file, overlays)
-        scores = detector.score(images, progress=not quiet)
-        rows = score_rows(scores, calibration_of(detector), allowed)
-        _print_rows(rows, as_json, csv_file, model=str(model), alpha=alpha)
-        failed = save_rows(rows, csv_file) if csv_file else []
-    with errors('interrupted; the scores are written, some overlays are not'):
-        if missing := sum(row['score'] is None for row in rows):
-            failed.append(f'{missing} of {len(rows)} images could not be read')
-        if overlays: failed += save_overlays(images, scores, overlays, sources)
-        stop_if(failed)
+        import cse.deploy.inspection as inspection
+        paths = inspection.image_paths(sources)
+        inspection.check_outputs(model, sources, paths, csv_file, html, overlays)
+        files = _overlay_files(paths, sources, overlays)
+        detector = _open(model, device, weights, bits)
+        scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
+        lacking = inspection.check_pictures(detector, scale, bool(html), bool(overlays))
+        scores = detector.score(paths, progress=not quiet)
+        rows = inspection.score_rows(scores, calibration, scale)
+        failed = inspection.save_rows(rows, csv_file) if csv_file else []
+        _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
+    with errors('interrupted; the scores are written, some pictures are not'):
+        if files: failed += _save_overlays(scores, scale, detector, files)
+        if html: failed += _save_report(html, detector, model, scale, scores, rows, notes=[lacking])
+        _tell_written((csv_file, 'scores'), (html, 'report'), (overlays, 'overlays'), quiet=quiet or failed)
+        stop_if(failed + _unread(rows))
+
+# %% ../../nbs/deploy/20_commands.ipynb #5c0e2003
+def _print_evaluation(figures, rows, as_json):
+    "Figures as one JSON object, or as text with the mistakes listed."
+    from cse.deploy.evaluation import listing, mistakes
+    if not as_json: return say(listing(figures, rows))
+    names = 'path', 'relative_score', 'score'
+    kinds = zip(('missed', 'falsely_flagged'), mistakes(rows) if 'alpha' in figures else ([], []))
+    listed = {kind: [{n: row[n] for n in names} for row in found] for kind, found in kinds}
+    say(json.dumps(figures | listed))
 
 # %% ../../nbs/deploy/20_commands.ipynb #67f82e1b
+def _labelled(category, good, bad, labels):
+    "Labelled images that do not depend on a detector; None for a category. Raises `DataError`."
+    import cse.deploy.evaluation as evaluation
+    import cse.deploy.inspection as inspection
+    evaluation.check_labels(category, good, bad, labels)
+    if good: return evaluation.labelled_folders(good, bad)
+    if labels: return evaluation.labelled_csv(labels)
+    inspection.check_category(category)
+
 @commands.command()
 def evaluate(
-    context: typer.Context,
     model: Model,
-    category: Category,
-    alpha: Alpha = 0.05,
+    category: Category = None,
+    good: GoodTests = None,
+    bad: BadTests = None,
+    labels: Labels = None,
+    html: Html = None,
+    alpha: Alpha = None,
     bits: Bits = 0,
     weights: Where = '',
     device: Device = 'auto',
@@ -218,20 +271,27 @@ def evaluate(
 ):
     """Compare a detector with labelled test images.
 
-    Example: cse evaluate wood.cse mvtec/wood
+    Example: cse evaluate wood.cse --good parts/good --bad parts/scratched --html report.html
     """
     with errors():
-        from cse.deploy.inspection import (
-            check_category, evaluation, evaluation_notes, listing, read_category)
-        check_category(category)
+        import cse.deploy.evaluation as evaluation
+        import cse.deploy.inspection as inspection
+        found = _labelled(category, good, bad, labels)
+        if html: inspection.check_outputs(model, [], found.test if found else [], html=html)
         detector = _load(model, device, weights, bits)
-        found = read_category(category, detector.config)
-        allowed = _allowed(detector, alpha, context)
-        figures = evaluation(detector, found, allowed, progress=not quiet)
-        for sentence in evaluation_notes(figures, brief=quiet): note(sentence)
-        say(json.dumps(figures) if as_json else listing(figures))
-        if missing := figures.get('unreadable'):
-            stop(f'{missing} of {missing + figures["images"]} images could not be read', 1)
+        if not found:
+            found = inspection.read_category(category, detector.config)
+            if html: inspection.check_outputs(model, [], found.test, html=html)
+        scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
+        lacking = inspection.check_pictures(detector, scale, bool(html))
+        figures, scores = evaluation.evaluation(detector, found, scale, progress=not quiet)
+        rows = evaluation.labelled_rows(scores, found, calibration, scale)
+        for sentence in evaluation.evaluation_notes(figures, brief=quiet): note(sentence)
+        _print_evaluation(figures, rows, as_json)
+        about = figures, [lacking, *evaluation.evaluation_notes(figures)]
+        failed = _save_report(html, detector, model, scale, scores, rows, *about) if html else []
+        _tell_written((html, 'report'), quiet=quiet or failed)
+        stop_if(failed + _unread(rows))
 
 # %% ../../nbs/deploy/20_commands.ipynb #52b3973d
 @commands.command('export')
@@ -283,11 +343,6 @@ def show_config(
             about = f.metadata['doc'] + (f' ({", ".join(map(str, choices))})' if choices else '')
             say(f'{f.name} = {getattr(config, f.name)!r}  # {about}')
 
-# %% ../../nbs/deploy/20_commands.ipynb #744654c9
-from .options import (
-    Arriving, Every, Existing, Host, JournalFile,
-    LinkTo, MoveTo, Once, Patience, Port)
-
 # %% ../../nbs/deploy/20_commands.ipynb #4d93ccbd
 def _check_flagged(detector, move, link):
     "Raise `ConfigError` where flagged images cannot be kept."
@@ -322,7 +377,7 @@ def watch(
             Outlet, Watcher, beginning, link_image, move_image, open_inbox)
         from cse.deploy.watch import watch as look_again
         inbox = open_inbox(folder, journal, move or link, existing)
-        detector = _load(model, device, weights, bits)
+        detector = _open(model, device, weights, bits)
         _check_flagged(detector, move, link)
         keep = move_image if move else link_image if link else None
         outlet = Outlet(inbox.journal, keep=keep, flagged=move or link)
@@ -348,4 +403,4 @@ def demo(
     with errors():
         from cse.deploy.demo import check_demo, serve
         check_demo(host, port)
-        serve(_load(model, device, weights, bits), model.name, host, port)
+        serve(_open(model, device, weights, bits), model.name, host, port)

@@ -158,6 +158,8 @@ class Runtime:
         _check_files(self.folder, about)
         self.config = _own_config(about, bits)
         self.calibration = Calibration.from_dict(about)
+        self.fitted_on = about.get('fitted_on', {})
+        self.interrupted = about.get('interrupted', False)
         try: self._requests = Requests(compile_network(self.folder/NETWORK))
         except (ImportError, RuntimeError) as e:
             raise RuntimeUnavailable(f'{folder}: OpenVINO cannot run its compiled form ({e})') from e

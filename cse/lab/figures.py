@@ -16,7 +16,7 @@ from ..data.folders import Category
 from ..data.images import Images
 from ..data.files import replacing
 from ..scoring import Scores
-from ..deploy.inspection import overlay
+from ..deploy.pictures import overlay
 
 # %% ../../nbs/lab/01_figures.ipynb #4e891fff
 def worst(
@@ -50,11 +50,11 @@ def _shrink_maps(maps, side):
 def _tile(image, map, top, side):
     "An image as RGB, with its anomaly map below."
     rgb = (255 * image.permute(1, 2, 0)).round().byte()
-    if map is None:
-        return Image.fromarray(rgb.numpy())
+    photo = Image.fromarray(rgb.numpy())
+    if map is None: return photo
     tile = Image.new('RGB', (side, 2 * side + _MARGIN // 2), 'white')
-    tile.paste(Image.fromarray(rgb.numpy()), (0, 0))
-    heat = Image.fromarray(overlay(image, map, top))
+    tile.paste(photo, (0, 0))
+    heat = overlay(photo, map / max(top, 1e-12))
     tile.paste(heat, (0, side + _MARGIN // 2))
     return tile
 
