@@ -542,11 +542,13 @@ def test_the_command_line_takes_bits(tmp_path, monkeypatch):
         raise DataError('enough')
     monkeypatch.setattr('cse.deploy.fitting.fit_config', refuse)
     monkeypatch.setattr('cse.deploy.saving.load', refuse)
+    monkeypatch.setattr('cse.deploy.runtime.open_detector', lambda *args: refuse(bits=args[-1]))
+    Image.new('L', (8, 8)).save(tmp_path / 'a.png')
     folder = str(tmp_path)
     for line in (['fit', folder, '-o', f'{folder}/m'], ['score', 'm', folder], ['calibrate', 'm', folder]):
         assert CliRunner().invoke(app, [*line, '--bits', '12']).exit_code == 2
     assert CliRunner().invoke(app, ['score', 'm', folder]).exit_code == 2
-    assert given == [12, 12, 12, None]
+    assert given == [12, 12, 12, 0]
 
 
 def test_a_calibration_keeps_its_bits(tmp_path, monkeypatch):

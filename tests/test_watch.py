@@ -506,7 +506,7 @@ def test_once_leaves_what_arrives_later(line):
 @pytest.fixture
 def run(monkeypatch):
     detector = SimpleNamespace(**vars(DETECTOR))
-    monkeypatch.setattr('cse.deploy.commands._load', lambda *_: detector)
+    monkeypatch.setattr('cse.deploy.commands._open', lambda *_: detector)
 
     def run(*words, status=0):
         done = CliRunner().invoke(app, ['watch', 'wood.cse', *map(str, words)])
@@ -563,7 +563,7 @@ def score(paths):
     return SimpleNamespace(image=np.full(len(paths), 0.9))
 
 fake = SimpleNamespace(score=score, calibration=Calibration(np.linspace(0.1, 0.5, 40)))
-cse.deploy.commands._load = lambda *_: fake
+cse.deploy.commands._open = lambda *_: fake
 app(['watch', 'wood.cse', *sys.argv[1:], '--every', '0.01', '--once'])
 """
 

@@ -42,14 +42,15 @@ def read_photo(
     path: str | Path, # An image file
     config: Config, # Its `bits` are used
     side: int, # The longer side at most, pixels
-) -> Image.Image: # RGB, with the proportions of the file
-    "A picture of an image file. Raises `DataError` for one that cannot be read."
+) -> tuple[Image.Image, tuple[float, float, float, float]]: # RGB, of the same proportions; `looked_at`
+    "An image file to be shown, and the part that was looked at. Raises `DataError`."
     values, _ = read_values(path, config.bits)
     if values.dtype == np.float32:
         values = (255 * values).round().astype(np.uint8)
     photo = Image.fromarray(values).convert('RGB')
+    part = looked_at(photo.size, config)
     photo.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return photo
+    return photo, part
 
 # %% ../../nbs/deploy/07_pictures.ipynb #36b5345f
 _RAMP = (255, 220, 0), (255, 110, 0), (225, 0, 120) # yellow, orange, magenta
@@ -150,8 +151,7 @@ def save_overlays(
     failed = []
     for i in np.flatnonzero(~np.isnan(scores.image)):
         try:
-            photo = read_photo(scores.paths[i], config, _SIDE)
-            part = looked_at(photo.size, config)
+            photo, part = read_photo(scores.paths[i], config, _SIDE)
             drawn = overlay(photo, heat_of(scores, i, scale), part)
             files[i].parent.mkdir(parents=True, exist_ok=True)
             drawn.save(files[i])

@@ -19,7 +19,7 @@ from ..data.reading import DataError
 from ..extensions.decisions import Scale
 from .inspection import MEANING, calibration_of, counted, percent, promise
 from .pictures import (
-    heat_of, looked_at, read_photo,
+    heat_of, read_photo,
     small_jpeg, small_layer)
 
 # %% ../../nbs/deploy/08_report.ipynb #9208a7e7
@@ -137,9 +137,8 @@ def _limits(count) -> tuple[int, int]:
 def _picture(row, i, scores, scale, config, limits) -> str:
     "A photo and its map in base64; what the page must know of them goes into the row."
     side, limit = limits
-    photo = read_photo(scores.paths[i], config, side)
+    photo, part = read_photo(scores.paths[i], config, side)
     row['size'], layer = photo.size, b''
-    part = looked_at(photo.size, config)
     if part != (0, 0, 1, 1):
         left, top, right, bottom = (round(100 * share, 2) for share in part)
         row['part'] = left, top, right - left, bottom - top
