@@ -167,15 +167,15 @@ def _overlay_files(paths, sources, folder):
     from cse.deploy.pictures import overlay_files
     return overlay_files(paths, sources, folder) if folder else []
 
-def _save_overlays(scores, scale, detector, files) -> list[str]:
-    "Draw overlays."
+def _draw(detector, model, scale, scores, rows, html, files=(), quiet=False, **about) -> list[str]:
+    "Draw overlays and the report, where they are asked for. What fails becomes a sentence."
+    if not (html or files): return []
     from cse.deploy.pictures import save_overlays
-    return save_overlays(scores, scale, detector.config, files)
-
-def _save_report(html, detector, model, scale, scores, rows, figures=None, notes=()) -> list[str]:
-    "Write the page."
     from cse.deploy.report import write_report
-    return write_report(html, detector, model, scale, scores, rows, figures, list(filter(None, notes)))
+    if len(rows) > 200 and not quiet: note(f'drawing {len(rows)} images')
+    failed = save_overlays(scores, scale, detector.config, files) if files else []
+    if html: failed += write_report(html, detector, model, scale, scores, rows, **about)
+    return failed
 
 # %% ../../nbs/deploy/20_commands.ipynb #dff82f27
 def _print_scores(rows, scale, calibration, as_json, silent):
@@ -188,10 +188,10 @@ def _print_scores(rows, scale, calibration, as_json, silent):
         if scale: say(MEANING)
         say(summary(rows, scale, calibration))
 
-def _tell_written(*files, quiet=False):
+def _tell_written(**files):
     "Name what was written, on standard error."
-    written = [f'{path} ({what})' for path, what in files if path]
-    if written and not quiet: note(f'written: {", ".join(written)}')
+    written = [f'{path} ({what})' for what, path in files.items() if path]
+    if written: note(f'written: {", ".join(written)}')
 
 def _unread(rows) -> list[str]:
     "A sentence if images could not be read."
@@ -223,15 +223,14 @@ def score(
         files = _overlay_files(paths, sources, overlays)
         detector = _open(model, device, weights, bits)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
-        lacking = inspection.check_pictures(detector, scale, bool(html), bool(overlays))
+        notes = inspection.check_pictures(detector, scale, bool(html), bool(overlays))
         scores = detector.score(paths, progress=not quiet)
         rows = inspection.score_rows(scores, calibration, scale)
         failed = inspection.save_rows(rows, csv_file) if csv_file else []
         _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
     with errors('interrupted; the scores are written, some pictures are not'):
-        if files: failed += _save_overlays(scores, scale, detector, files)
-        if html: failed += _save_report(html, detector, model, scale, scores, rows, notes=[lacking])
-        _tell_written((csv_file, 'scores'), (html, 'report'), (overlays, 'overlays'), quiet=quiet or failed)
+        failed += _draw(detector, model, scale, scores, rows, html, files, quiet, notes=notes)
+        if not (quiet or failed): _tell_written(scores=csv_file, report=html, overlays=overlays)
         stop_if(failed + _unread(rows))
 
 # %% ../../nbs/deploy/20_commands.ipynb #5c0e2003
@@ -277,20 +276,19 @@ def evaluate(
         import cse.deploy.evaluation as evaluation
         import cse.deploy.inspection as inspection
         found = _labelled(category, good, bad, labels)
-        if html: inspection.check_outputs(model, [], found.test if found else [], html=html)
+        inspection.check_outputs(model, [], found.test if found else [], html=html)
         detector = _load(model, device, weights, bits)
-        if not found:
-            found = inspection.read_category(category, detector.config)
-            if html: inspection.check_outputs(model, [], found.test, html=html)
+        found = found or inspection.read_category(category, detector.config)
+        inspection.check_outputs(model, [], found.test, html=html)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
         lacking = inspection.check_pictures(detector, scale, bool(html))
         figures, scores = evaluation.evaluation(detector, found, scale, progress=not quiet)
         rows = evaluation.labelled_rows(scores, found, calibration, scale)
         for sentence in evaluation.evaluation_notes(figures, brief=quiet): note(sentence)
         _print_evaluation(figures, rows, as_json)
-        about = figures, [lacking, *evaluation.evaluation_notes(figures)]
-        failed = _save_report(html, detector, model, scale, scores, rows, *about) if html else []
-        _tell_written((html, 'report'), quiet=quiet or failed)
+        about = dict(figures=figures, notes=lacking + evaluation.evaluation_notes(figures))
+        failed = _draw(detector, model, scale, scores, rows, html, quiet=quiet, **about)
+        if not (quiet or failed): _tell_written(report=html)
         stop_if(failed + _unread(rows))
 
 # %% ../../nbs/deploy/20_commands.ipynb #52b3973d

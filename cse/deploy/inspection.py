@@ -228,10 +228,10 @@ def check_pictures(
     scale: Scale | None, # Of the detector
     html: bool = False, # Is a report asked for?
     overlays: bool = False, # Are overlays asked for?
-) -> str: # Why a report has no maps; empty if it has
+) -> list[str]: # A sentence if a report has no maps
     "Whether a detector can draw. Raises `ConfigError` where what is asked for cannot be drawn."
     option = '--overlays' if overlays else '--html'
-    if not (html or overlays): return ''
+    if not (html or overlays): return []
     if not scale: raise ConfigError(f'{option}: this detector is not calibrated; see `cse calibrate`')
     why = ''
     if detector.config.anomaly_map == 'none':
@@ -240,7 +240,7 @@ def check_pictures(
         why = ('this detector was calibrated before maps had a scale; '
                'calibrate it again, see `cse calibrate`')
     if overlays and why: raise ConfigError(f'--overlays: {why}')
-    return why
+    return [why] if why else []
 
 # %% ../../nbs/deploy/05_inspection.ipynb #d1127152
 def is_fabric(
