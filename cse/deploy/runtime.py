@@ -229,6 +229,17 @@ def _with_bar(batches, total, shown) -> Iterator[list]:
 def _example(side) -> np.ndarray:
     return np.random.default_rng(0).random((4, 3, side, side), np.float32)
 
+def _converted(detector):
+    "The whole detector as a network of OpenVINO. The extractor is converted already, as a rule."
+    import torch
+    from cse.fast.engines import convert_openvino, join_networks
+    side = detector.config.crop
+    image = torch.from_numpy(_example(side)[:1]).to(detector.extractor.device)
+    extractor = detector.extractor.network((side, side))
+    if not extractor: return convert_openvino(detector.fuse(), [image])
+    head = convert_openvino(detector.head(), detector.extractor(image))
+    return join_networks(extractor.convert(False), head)
+
 def _differs(folder, detector) -> float:
     "Largest difference of scores between the compiled form and the detector, relative."
     import torch
@@ -243,16 +254,12 @@ def save_runtime(
 ) -> bool: # Whether there is a compiled form now
     """Lay a compiled form beside a saved detector. Where OpenVINO cannot convert it, or scores
     differ, there is none, and a warning says why."""
-    import torch
     from cse.deploy.float32 import save_float32
-    from cse.fast.engines import convert_openvino
     folder = Path(folder)
     about = read_about(folder)
     for name in (ABOUT, NETWORK, WEIGHTS): (folder/name).unlink(missing_ok=True)
-    example = torch.from_numpy(_example(detector.config.crop)[:1])
     try:
-        network = convert_openvino(detector.fuse(), [example.to(detector.extractor.device)])
-        save_float32(network, folder/NETWORK)
+        save_float32(_converted(detector), folder/NETWORK)
         difference = _differs(folder, detector)
         why = f'scores differ by {difference:.1e}' if difference > TOLERANCE else ''
     except (ImportError, RuntimeError, ValueError) as e: why = str(e).splitlines()[0]
