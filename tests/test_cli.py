@@ -3,10 +3,12 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,7 +21,8 @@ from cse.lab.tables import publish
 
 TINY = dict(epochs=1, device='cpu', engine='torch', resize=64, crop=64,
             extractor='test_efficientnet', weights='random')
-COMMANDS = [c.name or c.callback.__name__.replace('_', '-') for c in app.registered_commands]
+COMMANDS = list(typer.main.get_command(app).commands)
+assert {'fit', 'score', 'watch', 'tables'} < set(COMMANDS)
 UNDECODABLE = os.fsdecode(b'kn\xf6t.png')
 NAMES = ['plain.png', 'äste.png', '日本.png', 'λ€.png', '🙂.png', 'a, "b".png', 'two\nlines.png', UNDECODABLE]
 
@@ -180,3 +183,13 @@ def test_what_is_refused_makes_no_folder(good, model, tmp_path):
     with pytest.raises(ValueError, match='broken.png'):
         CSE(Config.smoke(**TINY)).fit(few, progress=False, folder=new)
     assert not new.exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    "As in `cse show-config paper | head -1`."
+    code = 'from cse.cli import app; app(["show-config", "paper"])'
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, '-c', code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, '')

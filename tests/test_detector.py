@@ -466,7 +466,7 @@ def test_what_is_no_saved_detector_is_refused(saved, tmp_path):
 
 
 def test_any_changed_byte_of_a_saved_detector_is_refused(saved, tmp_path, record_property):
-    draws, count = np.random.default_rng(0), 60 if LONG else 12
+    draws, count = np.random.default_rng(0), 100 if LONG else 12
     for name in FILES:
         folder = copied(saved, tmp_path)
         whole = (saved / name).read_bytes()

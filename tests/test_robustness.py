@@ -24,7 +24,7 @@ from cse.lab.runs import METHODS, run
 from cse.training import TrainingError
 
 KILLS = int(os.environ.get('ROBUSTNESS_KILLS', 2))
-SEEDS = 12 if KILLS > 5 else 6
+SEEDS = 2 * KILLS if KILLS > 5 else 6  # a kill comes after about two runs
 SMALL = Config.smoke(resize=40, crop=32, anomaly_map='none')
 PROCESSES = multiprocessing.get_context('forkserver')  # a server imports PyTorch once for all of them
 PROCESSES.set_forkserver_preload(['cse.lab.grid'])

@@ -13,7 +13,7 @@ __all__ = ['OTHER_NAMES', 'FABRIC', 'Model', 'GoodImages', 'Category', 'GoodTest
            'path_option', 'settings_from']
 
 # %% ../../nbs/deploy/04_options.ipynb #33025641
-import ast, codecs, difflib, gc, json, sys
+import ast, codecs, difflib, gc, json, os, sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +71,9 @@ def errors(
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='cse.escaped')
     try: yield
     except KeyboardInterrupt: stop(interrupted, 130)
+    except BrokenPipeError: # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
     except ModuleNotFoundError as e:
         if e.name.startswith('cse'): raise
         stop(f"{e.name}: not installed; pip install 'cse[train]'", 2)

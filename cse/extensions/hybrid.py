@@ -237,7 +237,7 @@ def density_from(
 class HybridCSE(CalibratedCSE):
     "CSE whose score is joined by Gaussians of raw features."
     config_class: ClassVar[type[Config]] = HybridConfig
-    default_profile: ClassVar[str] = 'smoke' # needs no download
+    default_profile: ClassVar[str] = 'inspection' # whole images, no download
     embedders, banks = (), () # Of a fitted detector
     density: PatchGaussians | None = None # Gaussians of raw features
     standards: torch.Tensor | None = None # Means and deviations by which scores are joined
