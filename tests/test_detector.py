@@ -411,9 +411,9 @@ def test_saved_detectors_load_and_are_calibrated_anew(detector, saved, good, woo
     assert np.array_equal(again.predict(good, 0.25), detector.predict(good, 0.25))
     for schema in (1, 2):
         old = write_old(detector, tmp_path / f'old{schema}', schema, 'smoke')
-        done = run('calibrate', old, wood / 'test/good', '-o', tmp_path / 'new', '-q')
-        assert 'calibrated on 20' in done.stdout
-        assert type(cse.load(tmp_path / 'new')) is CalibratedCSE
+        done = run('calibrate', old, wood / 'test/good', '-o', tmp_path / f'new{schema}', '-q')
+        assert 'threshold from 20 others' in done.stdout
+        assert type(cse.load(tmp_path / f'new{schema}')) is CalibratedCSE
 
 
 def test_tensors_of_a_saved_detector_are_what_was_fitted(saved):

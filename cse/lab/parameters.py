@@ -210,13 +210,16 @@ def note_asked(
         temporary.write_text(json.dumps(dict(sorted(asked.items())), indent=1) + '\n')
 
 # %% ../../nbs/lab/07_parameters.ipynb #a7000008
+def _computed_by(record):
+    "What computed a run."
+    names = 'code', 'device', 'engine', 'torch', 'timm'
+    return [record['environment'].get(name) for name in names]
+
 def _newest(records):
     "The records that were computed by what computed the latest one."
     if not records: return []
-    latest = max(records, key=lambda r: r['time'])
-    names = 'code', 'device', 'engine', 'torch', 'timm'
-    def computed(r): return [r['environment'].get(name) for name in names]
-    return [r for r in records if computed(r) == computed(latest)]
+    latest = _computed_by(max(records, key=lambda r: r['time']))
+    return [r for r in records if _computed_by(r) == latest]
 
 def _fingerprint(record):
     "Method and settings of a record."
@@ -363,7 +366,7 @@ def run_table(
     found = grid(
         *runs, scheduler=scheduler, textures=textures,
         table=table, force=again, results=results)
-    keys = {r['key'] for r in found}
+    keys, by = {r['key'] for r in found}, [_computed_by(r) for r in found]
     entry = read_asked(results)[table]
     others = table_records(load_records(results), table, entry)
-    return found + [r for r in others if r['key'] not in keys]
+    return found + [r for r in others if r['key'] not in keys and _computed_by(r) in by]
