@@ -90,6 +90,17 @@ def tiny():
     return Config.smoke(epochs=2, resize=96, crop=96)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    "A failure that names a file whose name is no text can be sent by pytest-xdist, too."
+    report = yield
+    def printable(text): return text.encode(errors='backslashreplace').decode()
+    if report.failed:
+        report.longrepr = printable(str(report.longrepr))
+        report.sections = [(name, printable(text)) for name, text in report.sections]
+    return report
+
+
 def pytest_terminal_summary(terminalreporter):
     "Counts of the campaigns, when `make robustness` or `make cluster-test` asks for them."
     passed = terminalreporter.stats.get('passed', [])
