@@ -92,12 +92,11 @@ def tiny():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    "A failure that names a file whose name is no text can be sent by pytest-xdist, too."
+    "What names a file whose name is no text can be sent by pytest-xdist, too."
     report = yield
     def printable(text): return text.encode(errors='backslashreplace').decode()
-    if report.failed:
-        report.longrepr = printable(str(report.longrepr))
-        report.sections = [(name, printable(text)) for name, text in report.sections]
+    if report.failed: report.longrepr = printable(str(report.longrepr))
+    report.sections = [(name, printable(text)) for name, text in report.sections]
     return report
 
 
