@@ -140,7 +140,7 @@ def test_places_where_no_page_can_be_served(monkeypatch):
     with pytest.raises(ConfigError, match='no.such.host.example'):
         demo.check_demo('no.such.host.example', port)
     monkeypatch.setattr(demo, 'find_spec', lambda name: None)
-    with pytest.raises(ConfigError, match='cse.demo'):
+    with pytest.raises(ConfigError, match='demo.. in the checkout'):
         demo.check_demo('127.0.0.1', port)
     done = CliRunner().invoke(app, ['demo', 'wood.cse', '--port', str(port)])
     assert done.exit_code == 2 and "pip install 'cse[demo]'" in done.stderr

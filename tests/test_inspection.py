@@ -140,7 +140,8 @@ def test_files_have_all_images_in_the_order_given(detector, images, tmp_path):
     found = [json.loads(line) for line in lines]
     assert [{k: str('' if v is None else v) for k, v in row.items()} for row in found] == rows
     assert 'written: ' in run('score', 'model', images / 'good', '--csv', tmp_path / 'x.csv').stderr
-    assert not run('score', 'model', images / 'good', '--csv', tmp_path / 'x.csv', '-q').output
+    quiet = run('score', 'model', images / 'good', '--csv', tmp_path / 'x.csv', '-q')
+    assert quiet.output == '1 of 3 flagged (false-alarm rate at most 5 %)\n'
 
 
 def test_thousands_of_images_print_twenty():
@@ -336,6 +337,14 @@ def test_labels_are_checked_before_the_detector_is_read(images, tmp_path, monkey
     monkeypatch.setattr('cse.deploy.saving.load', None)
     (tmp_path / 'x.csv').write_text('path,label\nparts/good/1.png,0\nparts/good/6.png,perhaps\n')
     assert expected in run('evaluate', 'model', *words.replace('{}', str(tmp_path)).split(), status=2).stderr
+
+
+def test_overlays_replace_overlays_only(detector, images, tmp_path):
+    command = 'score', 'model', images / 'good', '--overlays', tmp_path / 'maps', '-q'
+    run(*command)
+    run(*command)
+    draw(next((tmp_path / 'maps').rglob('*.png')))
+    assert 'is there already, and no overlay' in run(*command, status=2).stderr
 
 
 # --- in a browser, with `make robustness`

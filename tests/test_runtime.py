@@ -12,6 +12,7 @@ from cse import CalibratedCSE, Config, HybridConfig, HybridCSE
 from cse.data.images import read_image, resize_crop
 from cse.data.model_files import ModelError
 from cse.data.reading import DataError, read_values
+from cse.deploy import runtime
 from cse.deploy.runtime import (
     ABOUT, NETWORK, WEIGHTS, Runtime, RuntimeUnavailable, open_detector, prepare_values, save_runtime)
 from together import SETTINGS, images, in_threads
@@ -60,7 +61,29 @@ def test_the_same_scores_maps_and_decisions(saved, files):
     assert np.abs(found.map - expected.map).max() < 1e-3 * expected.map.max()
     assert found[2:4].paths == files[2:4] and len(found[[0]]) == 1
     calibration = Runtime(folder).calibration
-    assert calibration.to_dict() == detector.calibration.to_dict() and calibration.peaks is not None
+    assert np.allclose(calibration.scores, detector.calibration.scores, rtol=0,
+                       atol=2e-4 * np.abs(detector.calibration.scores).max())
+    assert np.array_equal(calibration.peaks, detector.calibration.peaks)
+
+
+def test_what_calibrated_is_not_flagged_by_rounding(saved):
+    detector, folder = saved
+    light, kept = Runtime(folder).calibration, detector.calibration
+    usual = kept.scores[kept.scores <= kept.threshold(0.5)]
+    assert not light.flags(usual + 5e-5 * np.abs(kept.scores).max(), 0.5).any()
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda s, m: (s * np.nan, m), lambda s, m: (s, m * 5), lambda s, m: (s * 1.01, m)])
+def test_a_form_that_computes_something_else_is_not_kept(saved, tmp_path, monkeypatch, caplog, spoil):
+    detector, folder = saved
+    copy, usual = changed(folder, tmp_path, 'x', b''), runtime.Requests.__call__
+    own = detector.extractor.network((64, 64)).requests
+    monkeypatch.setattr(runtime.Requests, '__call__', lambda self, *inputs:
+                        usual(self, *inputs) if self is own else spoil(*usual(self, *inputs)))
+    assert not save_runtime(detector, copy)
+    assert 'PyTorch will score (scores differ by' in caplog.text
+    assert not any((copy / name).exists() for name in (ABOUT, NETWORK, WEIGHTS))
 
 
 def test_unreadable_and_dark_images(saved, files, tmp_path, caplog):
@@ -78,14 +101,14 @@ def test_unreadable_and_dark_images(saved, files, tmp_path, caplog):
 
 
 def test_several_threads_get_their_own_scores(saved, files):
-    runtime = Runtime(saved[1])
-    expected = [runtime.score([path]).image for path in files]
+    light = Runtime(saved[1])
+    expected = [light.score([path]).image for path in files]
     wrong = []
 
     def work(start):
         for i in range(start, start + 12):
             i %= len(files)
-            if not np.array_equal(runtime.score([files[i]]).image, expected[i]): wrong.append(i)
+            if not np.array_equal(light.score([files[i]]).image, expected[i]): wrong.append(i)
 
     in_threads(*[lambda start=start: work(start) for start in range(4)])
     assert wrong == []

@@ -69,7 +69,7 @@ def _read(path) -> bytes:
         why = 'no such file' if isinstance(e, FileNotFoundError) else e.strerror
         raise ModelError(
             f'{path}: {why}; '
-            'expected a folder written by CSE.save') from None
+            'expected a folder with a saved detector') from None
 
 def _schema(folder, about) -> int:
     "The schema of a model. Raises `ModelError` for an unknown one."

@@ -203,12 +203,16 @@ def existing_folder(
     return Path(path)
 
 # %% ../../nbs/data/00_reading.ipynb #d1000006
+def _is_detector(folder):
+    "Whether it is the folder of a saved detector, whose pictures are none of parts."
+    return os.path.isfile(os.path.join(folder, 'model.safetensors'))
+
 def _new_folders(parent, names, seen):
     "Names of visible folders that are not yet in `seen`, the set of real paths."
     new = []
     for name in sorted(names):
         real = os.path.realpath(os.path.join(parent, name))
-        if is_hidden(name) or real in seen: continue
+        if is_hidden(name) or real in seen or _is_detector(real): continue
         seen.add(real)
         new.append(name)
     return new
@@ -250,6 +254,8 @@ def image_files(
 
     Raises `DataError` if there is no folder or no image."""
     folder = existing_folder(folder, 'a folder of images')
+    if _is_detector(folder):
+        raise DataError(f'{folder}: is the folder of a detector; expected a folder of images')
     skipped, images = Counter(), []
     for path in files_below(folder, skipped):
         if _is_image(path): images.append(path)

@@ -118,11 +118,12 @@ def fit(
     Example: cse fit good -o part.cse
     """
     with errors('interrupted; what was finished is kept'):
-        from cse.deploy.fitting import check_free, fit_config, method_of
+        from cse.deploy.fitting import check_free, check_outside, fit_config, method_of
         method = method_of(profile, method)
         settings = settings_from(set, extractor=extractor, weights=weights, device=device, bits=bits)
         config = fit_config(method, profile, **settings)
-        check_free(output, force)
+        check_free(output, force, resumed=True)
+        check_outside(output, folder)
         plan = _plan(folder, config, method, held_out)
         _fit(folder, plan, textures, seed, output, quiet, as_json)
 
@@ -158,14 +159,18 @@ def calibrate(
         own = {name: stored[name] for name in ('device', 'weights')} # those of this call are not kept
         detector.config = detector.config.replace(**own)
         detector.save(target)
-        _compile(detector, target, quiet)
+    with errors('interrupted; the threshold is set'):
+        from cse.deploy.runtime import has_runtime
+        if not has_runtime(target): _compile(detector, target, quiet)
         _tell(detector, target, as_json)
 
 # %% ../../nbs/deploy/20_commands.ipynb #5c0e2002
 def _overlay_files(paths, sources, folder):
     "Where overlays go; none without a folder. Raises `ConfigError`."
-    from cse.deploy.pictures import overlay_files
-    return overlay_files(paths, sources, folder) if folder else []
+    from cse.deploy.pictures import check_overlay_files, overlay_files
+    files = overlay_files(paths, sources, folder) if folder else []
+    check_overlay_files(files)
+    return files
 
 def _draw(detector, model, scale, scores, rows, html, files=(), quiet=False, **about) -> list[str]:
     "Draw overlays and the report, where they are asked for. What fails becomes a sentence."
@@ -183,10 +188,10 @@ def _print_scores(rows, scale, calibration, as_json, silent):
     from cse.deploy.inspection import MEANING, summary, table
     if as_json:
         for row in rows: say(json.dumps(row))
-    elif not silent:
-        say(table(rows))
-        if scale: say(MEANING)
-        say(summary(rows, scale, calibration))
+        return
+    if not silent: say(table(rows))
+    if scale and not silent: say(MEANING)
+    say(summary(rows, scale, calibration))
 
 def _tell_written(**files):
     "Name what was written, on standard error."
@@ -401,4 +406,4 @@ def demo(
     with errors():
         from cse.deploy.demo import check_demo, serve
         check_demo(host, port)
-        serve(_open(model, device, weights, bits), model.name, host, port)
+        serve(_open(model, device, weights, bits), model.resolve().name, host, port)

@@ -85,7 +85,7 @@ def histogram(
     score: float, # Of the image
 ) -> str: # SVG
     "Relative scores of good images, the threshold and one image."
-    good, own = scale.relative(calibration.scores), float(scale.relative(score))
+    good, own = scale.relative(calibration.scores).clip(-3, None), float(scale.relative(score))
     low, high = float(good.min()), max(1.3, float(good.max()) + 0.1, min(own, 3.) + 0.1)
     low = min(low, max(own, -3.)) - 0.1
     def x(value): return 10 + 460 * (min(max(value, low), high) - low) / (high - low)
@@ -223,7 +223,7 @@ def check_demo(
 ):
     "Raise `ConfigError` where the page cannot be served."
     if not find_spec('gradio'):
-        raise ConfigError("gradio: not installed; pip install 'cse[demo]'")
+        raise ConfigError("gradio: not installed; pip install '.[demo]' in the checkout")
     try:
         with socket.create_server((host, port)): pass
     except OSError as e:

@@ -75,7 +75,8 @@ def _csv_rows(path) -> list[tuple[int, dict]]:
     reader.fieldnames = [(name or '').strip().lower() for name in reader.fieldnames or []]
     if not {'path', 'label'} <= set(reader.fieldnames):
         raise DataError(f'{path}: its first line is {head[:60]!r}; expected the columns path,label')
-    return [(reader.line_num, row) for row in reader]
+    try: return [(reader.line_num, row) for row in reader]
+    except csv.Error as e: raise DataError(f'{path}, line {reader.line_num}: {e}') from e
 
 def labelled_csv(
     path: Path, # Columns path and label; paths relative to the folder of the file

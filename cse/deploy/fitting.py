@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'USUAL', 'method_of', 'fit_config', 'images_kept', 'images_wanted', 'good_files', 'check_free',
-           'check_no_file', 'Plan', 'most_unusual', 'unusual_images', 'save_sheet', 'promise', 'calibration_summary',
-           'fit_lines']
+           'check_outside', 'check_no_file', 'Plan', 'most_unusual', 'unusual_images', 'save_sheet', 'promise',
+           'calibration_summary', 'fit_lines']
 
 # %% ../../nbs/deploy/11_fitting.ipynb #5f170003
 import math, shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count as counting
 from pathlib import Path
@@ -91,12 +92,21 @@ def good_files(
 def check_free(
     folder: Path, # Where a detector will be saved
     force: bool = False, # May it replace another one?
+    resumed: bool = False, # May its training run go on?
 ):
-    "Refuse to replace a detector, unless its training run goes on. Raises `ConfigError`."
+    "Refuse to replace a detector. Raises `ConfigError`."
     if force or not (folder/'model.json').exists(): return
-    if any(folder.glob('training*.pt')): return
+    if resumed and any(folder.glob('training*.pt')): return
     raise ConfigError(f'{folder}: holds a detector; expected another folder, '
                       'or --force to replace it')
+
+def check_outside(
+    folder: Path, # Where a detector will be saved
+    images: Path, # Folder of good images
+):
+    "Refuse to save a detector among its images. Raises `ConfigError`."
+    if folder.resolve() != images.resolve(): return
+    raise ConfigError(f'{folder}: is the folder of the images; expected another one for the detector')
 
 def check_no_file(
     path: Path, # To be written
@@ -213,7 +223,7 @@ def save_sheet(
     draw = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
         x, y = _MARGIN + wide * (i % columns), _MARGIN + high * (i // columns)
-        sheet.paste(_picture(row['path'], bits), (x, y))
+        with suppress(DataError): sheet.paste(_picture(row['path'], bits), (x, y)) # one that has gone
         draw.text((x, y + _SIDE + 3), _caption(row, font), 'black', font)
     with replacing(path) as file: sheet.save(file, 'JPEG', quality=85)
 

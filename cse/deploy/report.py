@@ -159,14 +159,13 @@ def _about(detector, model, scale, paths) -> str:
     top, _ = _shown_paths(paths)
     whole = config.crop == config.resize and config.resize_mode == 'square'
     seen = 'the whole image' if whole else 'the part inside the line'
-    items = [('Detector', model.name), ('Network', config.extractor),
+    items = [('Detector', model.resolve().name), ('Network', config.extractor),
              ('Fitted on', f'{fitted} good images' if fitted else 'unknown'),
              ('Calibrated on', f'{len(calibration)} good images'),
              ('Threshold', f'score {scale.threshold:.4g}; {promise(scale, calibration)}'),
              ('Looks at', f'{seen}, {config.crop}×{config.crop} pixels'),
              ('Images in', top)]
     listed = ''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in items)
-    listed = listed.replace(' %', '\u00a0%') # stays on its line
     listed = listed.replace(' %', '\u00a0%') # stays on its line
     return f'<section class="about"><h2>The detector</h2><dl>{listed}</dl></section>'
 
@@ -209,7 +208,7 @@ def _top_of_page(detector, scale, model, rows, scores, figures, notes) -> dict[s
     "What is filled in above the images."
     import cse
     headline = _headline(rows, figures)
-    kind = f'{"Evaluation" if figures else "Inspection"} with {model.name}'
+    kind = f'{"Evaluation" if figures else "Inspection"} with {model.resolve().name}'
     items = ''.join(f'<li>{escape(text)}</li>' for text in notes)
     drawn = _figures(rows, scores, scale, calibration_of(detector), figures)
     side = confusion(figures) if figures else ''

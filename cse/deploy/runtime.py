@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'WEIGHTS', 'ABOUT', 'TOLERANCE', 'prepare_values', 'enlarge_map', 'RuntimeScores', 'RuntimeUnavailable',
-           'Runtime', 'save_runtime', 'open_detector']
+           'Runtime', 'has_runtime', 'save_runtime', 'open_detector']
 
 # %% ../../nbs/deploy/06_runtime.ipynb #07d10003
 import hashlib, json, logging
@@ -20,7 +20,8 @@ from ..config import Config, ConfigError
 from ..data.files import replacing
 from ..data.forks import between_forks
 from ..data.model_files import ModelError, read_about
-from ..data.reading import DataError, image_files, read_values, warn_if_nearly_black
+from ..data.reading import (
+    DataError, image_files, read_values, tell_pictures, warn_if_nearly_black)
 from ..extensions.decisions import Calibration
 from ..fast.openvino import Requests, compile_network
 if TYPE_CHECKING: from cse.detector import Detector
@@ -157,16 +158,21 @@ class Runtime:
         about = read_about(folder)
         _check_files(self.folder, about)
         self.config = _own_config(about, bits)
-        self.calibration = Calibration.from_dict(about)
+        self.calibration = Calibration.from_dict(about, TOLERANCE)
         self.fitted_on = about.get('fitted_on', {})
         self.interrupted = about.get('interrupted', False)
+        self._told = False # that a file holds several pictures
         try: self._requests = Requests(compile_network(self.folder/NETWORK))
         except (ImportError, RuntimeError) as e:
             raise RuntimeUnavailable(f'{folder}: OpenVINO cannot run its compiled form ({e})') from e
 
     def _read(self, path):
         "A prepared image, or the error that it raises."
-        try: return prepare_values(read_values(path, self.config.bits)[0], self.config, path)
+        try:
+            values, pictures = read_values(path, self.config.bits)
+            if pictures > 1 and not self._told: tell_pictures(path, pictures)
+            self._told |= pictures > 1
+            return prepare_values(values, self.config, path)
         except DataError as e: return e
 
     def score_batch(self,
@@ -240,33 +246,50 @@ def _converted(detector):
     head = convert_openvino(detector.head(), detector.extractor(image))
     return join_networks(extractor.convert(False), head)
 
-def _differs(folder, detector) -> float:
-    "Largest difference of scores between the compiled form and the detector, relative."
+def _difference(found, expected) -> float:
+    "Largest difference, relative to the largest value; NaN where there is one."
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+def _differences(folder, detector) -> list[float]:
+    "Of scores and of maps, between the compiled form and the detector."
     import torch
     images = _example(detector.config.crop)
-    expected = detector.score_batch(torch.from_numpy(images))[0].cpu().numpy()
-    found = Requests(compile_network(folder/NETWORK))(images)[0]
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    expected = [t.cpu().numpy() for t in detector.score_batch(torch.from_numpy(images))]
+    with between_forks(): found = Requests(compile_network(folder/NETWORK))(images)
+    return [_difference(a, b) for a, b in zip(found, expected)]
+
+def _why_not(detector, folder) -> str:
+    "Make the network. Why it cannot be used; empty if it can."
+    from cse.deploy.float32 import save_float32
+    try:
+        save_float32(_converted(detector), folder/NETWORK)
+        scores, maps = _differences(folder, detector)
+    except Exception as e: # whatever OpenVINO meets
+        return (str(e).splitlines() or [type(e).__name__])[0]
+    if scores <= TOLERANCE and maps <= 10 * TOLERANCE: return ''
+    return f'scores differ by {scores:.1e}, maps by {maps:.1e}'
+
+def has_runtime(
+    folder: str | Path, # Of a saved detector
+) -> bool:
+    "Whether a compiled form of this detector is there."
+    try: _check_files(Path(folder), read_about(folder))
+    except RuntimeUnavailable: return False
+    return True
 
 def save_runtime(
     detector: 'Detector', # Fitted
     folder: str | Path, # Where it was saved
 ) -> bool: # Whether there is a compiled form now
     """Lay a compiled form beside a saved detector. Where OpenVINO cannot convert it, or scores
-    differ, there is none, and a warning says why."""
-    from cse.deploy.float32 import save_float32
+    or maps differ, there is none, and a warning says why."""
     folder = Path(folder)
     about = read_about(folder)
-    for name in (ABOUT, NETWORK, WEIGHTS): (folder/name).unlink(missing_ok=True)
-    try:
-        save_float32(_converted(detector), folder/NETWORK)
-        difference = _differs(folder, detector)
-        why = f'scores differ by {difference:.1e}' if difference > TOLERANCE else ''
-    except (ImportError, RuntimeError, ValueError) as e: why = str(e).splitlines()[0]
-    if why:
+    if why := _why_not(detector, folder):
+        for name in (ABOUT, NETWORK, WEIGHTS): (folder/name).unlink(missing_ok=True)
         logging.getLogger(__name__).warning(f'{folder}: has no compiled form, PyTorch will score ({why})')
         return False
-    stated = dict(tensors_sha256=about['tensors_sha256'], difference=difference)
+    stated = dict(tensors_sha256=about['tensors_sha256'])
     stated |= {name: _sha256(folder/name) for name in (NETWORK, WEIGHTS)}
     with replacing(folder/ABOUT) as path: path.write_text(json.dumps(stated, indent=1))
     return True

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'AT_ONCE', 'BATCH', 'is_temporary', 'Arrival', 'arrivals', 'Journal', 'Inbox', 'move_image', 'link_image',
-           'scale_of', 'image_row', 'error_row', 'Trouble', 'Printer', 'Outlet', 'Watcher', 'ending', 'open_inbox',
-           'beginning', 'summary', 'watch']
+           'image_row', 'error_row', 'Trouble', 'Printer', 'Outlet', 'Watcher', 'ending', 'open_inbox', 'beginning',
+           'summary', 'watch']
 
 # %% ../../nbs/deploy/09_watch.ipynb #63cab606
 import errno, heapq, json, logging, os, shutil, signal, sys, time
@@ -21,6 +21,7 @@ from ..config import ConfigError
 from ..data.reading import IMAGE_SUFFIXES, DataError, existing_folder, is_hidden
 from ..data.files import check_writable
 from ..extensions.decisions import Calibration, Scale
+from .inspection import scale_of
 from .options import note
 
 # %% ../../nbs/deploy/09_watch.ipynb #47a4c844
@@ -106,11 +107,11 @@ class Journal:
         self.known, line, wrong = {hash(i) for i in self.unwritten}, b'\n', 0
         with suppress(FileNotFoundError), open(self.path, 'rb') as file:
             for line in file:
-                try: path, size, written = json.loads(line)
+                try: self.known.add(hash(tuple(json.loads(line))))
                 except (ValueError, TypeError): wrong += bool(line.strip())
-                else: self.known.add(hash((path, size, written)))
         self.torn = not line.endswith(b'\n')
-        if wrong > len(self.known) + 1:
+        foreign = wrong and not self.known and not line.startswith(b'[') # a torn line is no foreign one
+        if foreign or wrong > len(self.known) + 1:
             raise ConfigError(f'{self.path}: is no journal of `cse watch`; expected one, or a new file')
 
     def add(self,
@@ -172,7 +173,7 @@ class Inbox:
         for image in arrivals(self.folder, self.passed_over, self.failed):
             if image in self.journal: present.add(hash(image.identity))
             elif self.newest is None or image.changed <= self.newest: yield image
-        self.journal.forget(present)
+        if not self.failed: self.journal.forget(present)
 
     def look(self) -> list[Arrival]: # Oldest first
         "Images that are complete. Raises `OSError` where the folder cannot be read."
@@ -245,15 +246,6 @@ def link_image(
     return target
 
 # %% ../../nbs/deploy/09_watch.ipynb #d73fb141
-def scale_of(
-    calibration: Calibration | None, # Of a detector
-    alpha: float | None = None, # False-alarm rate; None for 5 %, or what can be promised
-) -> Scale | None: # None without a calibration
-    "The scale of decisions. Raises `CalibrationError` for a rate that cannot be promised."
-    if calibration is None: return None
-    if alpha is not None: calibration.allowed(alpha)
-    return Scale(calibration, 0.05 if alpha is None else alpha)
-
 def _digits(value) -> float: return float(f'{value:.6g}')
 
 def _now() -> str: return datetime.now().astimezone().isoformat(timespec='milliseconds')
@@ -387,7 +379,7 @@ class Watcher:
     ):
         self.detector, self.inbox, self.outlet, self.patience = detector, inbox, outlet, patience
         self.calibration = getattr(detector, 'calibration', None)
-        self.scale, self.failing = scale_of(self.calibration, alpha), {}
+        self.scale, self.failing = scale_of(detector, alpha), {}
 
     def look(self,
         is_over: Callable[[], bool] = lambda: False, # Asked after each batch
@@ -488,7 +480,7 @@ def beginning(
 ) -> str: # A sentence
     "What a watch is going to do."
     inbox, scale = watcher.inbox, watcher.scale
-    known = sum(image in inbox.journal for image in arrivals(inbox.folder, inbox.passed_over))
+    known = sum(image in inbox.journal for image in arrivals(inbox.folder, inbox.passed_over, {}))
     rate = f'false-alarm rate {100 * scale.alpha:.3g} %' if scale else 'no decisions: not calibrated'
     done = f'; {known:,} images there are done, as {inbox.journal.path} says' if known else ''
     return f'watching {inbox.folder} ({rate}){done}; Ctrl-C ends'

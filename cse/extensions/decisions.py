@@ -63,10 +63,12 @@ class Calibration:
     @classmethod
     def from_dict(cls,
         saved: dict, # Of `to_dict`, and whatever else a saved detector holds
+        margin: float = 0, # By which another engine may round scores up, relative to the largest
     ) -> 'Calibration | None': # None for a detector that was not calibrated
-        "The calibration of a saved detector."
+        "The calibration of a saved detector. What is within the margin counts as equal."
         if not saved.get('calibration'): return None
-        return cls(saved['calibration'], saved.get('peaks'))
+        scores = np.array(saved['calibration'])
+        return cls(scores + margin * np.abs(scores).max(), saved.get('peaks'))
 
     def __len__(self) -> int: return len(self.scores)
 
@@ -131,6 +133,16 @@ def _level(values, allowed) -> float:
     "The value that so many are above."
     return float(values[len(values) - 1 - allowed])
 
+def _least(level) -> float:
+    "The smallest span of a scale: equal scores have none."
+    return 1e-3 * max(abs(level), 1e-6)
+
+def _usual(values, threshold) -> float:
+    "The median; what is below the threshold, if that lies below the median."
+    below = values[values < threshold]
+    highest = below[-1] if len(below) else threshold
+    return float(min(np.median(values), highest, threshold - _least(threshold)))
+
 class Scale:
     "Scores and maps relative to what good images show: 0 is usual, 1 is the threshold."
     def __init__(self,
@@ -139,18 +151,18 @@ class Scale:
     ):
         self.alpha = max(_share('alpha', alpha), calibration.smallest)
         allowed = calibration.allowed(self.alpha)
-        self.usual = float(np.median(calibration.scores))
         self.threshold = calibration.threshold(self.alpha)
+        self.usual = _usual(calibration.scores, self.threshold)
         self.transparent = self.full = None # levels of the map
         if calibration.peaks is None: return
-        self.transparent = float(np.median(calibration.peaks))
         self.full = _level(calibration.peaks, allowed)
+        self.transparent = min(float(np.median(calibration.peaks)), self.full)
 
     def relative(self,
         scores, # N anomaly scores
     ) -> np.ndarray: # N values: 0 is usual for good images, above 1 is flagged
         "Scores relative to the threshold."
-        return _relative(_numbers(scores), self.usual, self.threshold)
+        return (_numbers(scores) - self.usual) / (self.threshold - self.usual)
 
     def heat(self,
         maps: np.ndarray, # N×h×w anomaly maps
@@ -159,9 +171,5 @@ class Scale:
         if self.full is None:
             raise CalibrationError('calibration: knows no maps; '
                                    'expected one that was made with them, see `cse calibrate`')
-        return _relative(maps, self.transparent, self.full).clip(0, 1)
-
-def _relative(values, zero, one) -> np.ndarray:
-    "Values on a scale; where both ends are one value, what is above it is far above."
-    least = 1e-6 * max(abs(zero), abs(one), 1e-6)
-    return (values - zero) / max(one - zero, least)
+        span = max(self.full - self.transparent, _least(self.full))
+        return ((maps - self.transparent) / span).clip(0, 1)
