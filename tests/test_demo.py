@@ -143,7 +143,7 @@ def test_places_where_no_page_can_be_served(monkeypatch):
     with pytest.raises(ConfigError, match='demo.. in the checkout'):
         demo.check_demo('127.0.0.1', port)
     done = CliRunner().invoke(app, ['demo', 'wood.cse', '--port', str(port)])
-    assert done.exit_code == 2 and "pip install 'cse[demo]'" in done.stderr
+    assert done.exit_code == 2 and "pip install '.[demo]' in the checkout" in done.stderr
 
 
 def test_every_answer_carries_the_policy():
