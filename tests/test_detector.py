@@ -595,7 +595,8 @@ def test_command_line(category, saved, tmp_path):
     names = 'path', 'decision', 'relative_score', 'score', 'p_value'
     assert [tuple(i) for i in found] == [names] * len(files)
     done = run('score', saved, folder, '--alpha', 0.1, '--csv', csv, '--overlays', maps, '-q')
-    assert done.exit_code == 0 and not done.stdout
+    assert done.exit_code == 0
+    assert done.stdout.endswith(f' of {len(files)} flagged (false-alarm rate at most 10 %)\n')
     assert len(csv.read_text().splitlines()) == 1 + len(files)
     assert sorted(p.name for p in maps.iterdir()) == files
     about = run_json('evaluate', saved, category, '--alpha', 0.1)
