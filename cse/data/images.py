@@ -25,7 +25,7 @@ from torch.utils.data import (
 from ..config import Config, ConfigError
 from .reading import (
     DataError, count_pictures, image_files, read_values,
-    scaled, tell_pictures, to_rgb)
+    resized_size, scaled, tell_pictures, to_rgb)
 
 # %% ../../nbs/data/01_images.ipynb #4e9b6fe2
 def _as_tensor(values):
@@ -52,14 +52,8 @@ def resize(
     config: Config, # Its `resize` and `resize_mode` are used
 ) -> torch.Tensor: # 3×h×w in [0, 1]
     "Antialiased bilinear interpolation; with `resize=0` the image as it is."
-    if not config.resize: return image
-    height, width = image.shape[-2:]
-    side, shorter = config.resize, min(height, width)
-    if config.resize_mode == 'square':
-        size = (side, side)
-    else:
-        size = (round(height * side / shorter), round(width * side / shorter))
-    if size == (height, width): return image
+    size = resized_size(*image.shape[-2:], config)
+    if size == image.shape[-2:]: return image
     resized = F.interpolate(image[None], size, mode='bilinear', antialias=True)
     return resized[0].clamp_(0, 1)
 

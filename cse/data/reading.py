@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DataError', 'scaled', 'count_pictures', 'to_rgb', 'read_values', 'tell_pictures',
-           'warn_if_nearly_black', 'is_hidden', 'existing_folder', 'files_below', 'image_files']
+           'warn_if_nearly_black', 'resized_size', 'is_hidden', 'existing_folder', 'files_below', 'is_image',
+           'image_files']
 
 # %% ../../nbs/data/00_reading.ipynb #5ead0002
 import logging, os, struct
@@ -13,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
+from ..config import Config
 
 # %% ../../nbs/data/00_reading.ipynb #8da52373
 class DataError(ValueError):
@@ -184,6 +186,18 @@ def warn_if_nearly_black(
         'for a camera of 10 or 12 bits that writes files of 16 or 32, '
         'set `bits` (`--bits 12`)')
 
+# %% ../../nbs/data/00_reading.ipynb #5ead0011
+def resized_size(
+    height: int, # Of an image, pixels
+    width: int, # Of an image, pixels
+    config: Config, # Its `resize` and `resize_mode` are used
+) -> tuple[int, int]: # Height and width after resizing
+    "The size that an image is brought to before it is cropped (§4.1)."
+    side, shorter = config.resize, min(height, width)
+    if not side: return height, width
+    if config.resize_mode == 'square': return side, side
+    return round(height * side / shorter), round(width * side / shorter)
+
 # %% ../../nbs/data/00_reading.ipynb #62b9943b
 def is_hidden(
     name: str, # Of a file or folder, without its path
@@ -239,7 +253,10 @@ def files_below(
         found += [Path(parent)/name for name in files if not is_hidden(name)]
     return sorted(found)
 
-def _is_image(path):
+def is_image(
+    path: Path, # Of a file or folder
+) -> bool:
+    "Whether it is a file with the ending of an image."
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 def _kind(path):
@@ -258,7 +275,7 @@ def image_files(
         raise DataError(f'{folder}: is the folder of a detector; expected a folder of images')
     skipped, images = Counter(), []
     for path in files_below(folder, skipped):
-        if _is_image(path): images.append(path)
+        if is_image(path): images.append(path)
         else: skipped[_kind(path)] += 1
     counts = [f'{count} {kind}' for kind, count in skipped.items() if count]
     counts = f' ({", ".join(counts)})' if counts else ''

@@ -279,11 +279,10 @@ def fit_summary(
 ) -> dict: # Plain JSON values, None for what is not known
     "How a detector was fitted and calibrated."
     calibration = calibration_of(detector)
-    smallest = 1 / (len(calibration) + 1) if calibration else None
     return dict(
         images=detector.fitted_on.get('images'),
         epochs=len(detector.history),
         best_epoch=detector.best_epoch,
         interrupted=detector.interrupted,
         calibration_images=len(calibration or ()),
-        smallest_alpha=smallest)
+        smallest_alpha=calibration.smallest if calibration else None)

@@ -15,24 +15,17 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from ..config import Config, ConfigError
-from ..data.reading import DataError, read_values
+from ..data.reading import DataError, read_values, resized_size
 from ..extensions.decisions import Scale
 
 # %% ../../nbs/deploy/07_pictures.ipynb #535c0f09
-def _resized(size, config) -> tuple[int, int]:
-    "Width and height of an image after resizing."
-    side, shorter = config.resize, min(size)
-    if not side: return size
-    if config.resize_mode == 'square': return side, side
-    return tuple(round(n * side / shorter) for n in size)
-
 def looked_at(
     size: tuple[int, int], # Width and height of the original image, pixels
     config: Config, # Its `resize`, `resize_mode` and `crop` are used
 ) -> tuple[float, float, float, float]: # Left, top, right, bottom, as shares of width and height
     "The part of an image that a detector looks at."
     starts, ends = [], []
-    for n in _resized(size, config):
+    for n in resized_size(*size, config): # the rule is the same for both sides
         start = (n - config.crop) // 2
         starts.append(start / n)
         ends.append((start + config.crop) / n)

@@ -16,25 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 import numpy as np
 from PIL import Image
-from ..config import Config, ConfigError
+from ..config import Config
 from ..data.files import replacing
 from ..data.forks import between_forks
 from ..data.model_files import ModelError, read_about
 from ..data.reading import (
-    DataError, image_files, read_values, tell_pictures, warn_if_nearly_black)
+    DataError, image_files, read_values,
+    resized_size, tell_pictures, warn_if_nearly_black)
 from ..extensions.decisions import Calibration
 from ..fast.openvino import Requests, compile_network
 if TYPE_CHECKING: from cse.detector import Detector
 
 # %% ../../nbs/deploy/06_runtime.ipynb #07d10008
-def _size(height, width, config) -> tuple[int, int]:
-    "Height and width after resizing."
-    side = config.resize
-    if not side: return height, width
-    if config.resize_mode == 'square': return side, side
-    shorter = min(height, width)
-    return round(height * side / shorter), round(width * side / shorter)
-
 def _resized(channel, size) -> np.ndarray:
     "One H×W float32 channel in another size."
     if channel.shape == size: return channel
@@ -49,7 +42,7 @@ def prepare_values(
     "Resize and crop as `resize_crop`. Raises `DataError` if the image is smaller than the crop."
     if values.dtype == np.uint8: values = values.astype(np.float32) / 255
     channels = np.atleast_3d(values).transpose(2, 0, 1)
-    height, width = size = _size(*values.shape[:2], config)
+    height, width = size = resized_size(*values.shape[:2], config)
     crop = config.crop
     if min(size) < crop:
         raise DataError(
@@ -302,12 +295,10 @@ def open_detector(
     bits: int = 0, # Bits in use, where grey files have 16 or 32
 ) -> 'Runtime | Detector':
     "A saved detector, as quick to start as it can be. Raises `ModelError` and `ConfigError`."
-    why = None
     if device in ('auto', 'cpu') and not weights:
         try: return Runtime(folder, bits)
-        except RuntimeUnavailable as e: why = e
-    if why:
-        logging.getLogger(__name__).warning(
-            f'{why}; PyTorch scores instead, which takes seconds to start')
+        except RuntimeUnavailable as e:
+            logging.getLogger(__name__).warning(
+                f'{e}; PyTorch scores instead, which takes seconds to start')
     from cse.deploy.saving import load
     return load(folder, device=device, **{k: v for k, v in dict(weights=weights, bits=bits).items() if v})
