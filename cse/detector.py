@@ -16,7 +16,7 @@ from .config import Config, ConfigError, digest, fingerprint, from_profile
 from .data.images import DataError, ImageSource
 from .data.timing import Stopwatch, waiting
 from .data.files import check_writable
-from .data.good_images import brightest, good_images, images_hash, warn_if_nearly_black
+from .data.good_images import brightest, good_images, known_images, warn_if_nearly_black
 from .data.model_files import ModelError, read_model, write_model
 from .data.seeds import seeded_weights
 from .data.textures import Textures
@@ -120,7 +120,7 @@ class Detector(Estimator):
         cache = FeatureCache(images, extractor, config, clock, progress)
         warn_if_nearly_black(brightest(cache.images), images.paths)
         self._forget(extractor, clock) # until here an earlier fit stands
-        self.fitted_on = dict(images=len(images), sha256=images_hash(cache.images))
+        self.fitted_on = known_images(images, cache.images)
         key = self._key(defects) if folder else ''
         session = Session(progress, clock, Path(folder) if folder else None, key)
         self._learn(cache, defects, session)

@@ -339,6 +339,41 @@ def test_labels_are_checked_before_the_detector_is_read(images, tmp_path, monkey
     assert expected in run('evaluate', 'model', *words.replace('{}', str(tmp_path)).split(), status=2).stderr
 
 
+@pytest.mark.parametrize('command', [
+    ['score', 'model', '{}'], ['evaluate', 'model', '--good', '{}/good', '--bad', '{}/bad']])
+def test_images_of_another_size_than_the_fitted_ones_are_told(detector, images, tmp_path, command):
+    command = [word.format(images) for word in command]
+    told = 'differ from those of the fit'
+    assert told not in run(*command).stderr  # a detector of an earlier version knows no sizes
+    detector.fitted_on = dict(images=160, sizes=[[60, 64], [64, 70]])
+    assert told not in run(*command).stderr
+    for name, size in (('good/2', (300, 60)), ('bad/25', (20, 20))):
+        draw(images / f'{name}.png', size)
+    done = run(*command, '--html', tmp_path / 'x.html', '-q')
+    assert '2 of 8 images differ from those of the fit (60×64 to 64×70 pixels)' in done.stderr
+    assert done.stderr.count(told) == 1 and told in (tmp_path / 'x.html').read_text()
+    assert not run(*command, '--json', '-q').stdout.count(told)
+
+
+def test_folders_that_may_be_swapped_are_told(detector, images):
+    for i in range(13, 40):
+        draw(images / f'bad/{i}.png')
+    good, bad = ('--good', images / 'good'), ('--bad', images / 'bad')
+    assert 'swapped' not in run('evaluate', 'model', *good, *bad).stderr
+    done = run('evaluate', 'model', '--bad', good[1], '--good', bad[1], '--json', '-q')
+    assert '--good and --bad, or the labels, are swapped' in done.stderr
+    assert json.loads(done.stdout)['auroc'] < 0.1  # as it was asked for
+
+
+@pytest.mark.parametrize('command', ['score', 'calibrate', 'evaluate', 'watch'])
+def test_a_detector_in_the_place_of_the_images_is_told(images, tmp_path, monkeypatch, command):
+    monkeypatch.setattr('cse.deploy.saving.load', None)
+    (tmp_path / 'part.cse').mkdir()
+    (tmp_path / 'part.cse/model.json').touch()
+    meant = f'`cse {command} {tmp_path}/part.cse {images}`'
+    assert meant in run(command, images, tmp_path / 'part.cse', status=2).stderr
+
+
 def test_overlays_replace_overlays_only(detector, images, tmp_path):
     command = 'score', 'model', images / 'good', '--overlays', tmp_path / 'maps', '-q'
     run(*command)
