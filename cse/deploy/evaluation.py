@@ -184,6 +184,10 @@ def evaluation_notes(
             f'{figures["took_part"]} of the test images '
             'took part in fitting or calibration: '
             'the figures flatter')
+    if figures['auroc_high'] < 0.5:
+        found.append(
+            f'AUROC {figures["auroc"]:.3f} is far below 0.5: good images score higher than '
+            'defective ones; perhaps --good and --bad, or the labels, are swapped')
     for note, text in MASK_NOTES.items():
         if count := figures.get(f'masks_{note}'): found.append(f'{text}: {count}')
     if brief: return found
