@@ -84,6 +84,22 @@ def test_the_page_says_which_rate_holds(tmp_path):
     _check_notes(tmp_path / 'a.md')  # its own page may be replaced
 
 
+@pytest.mark.parametrize('score', [0, -1e-4, 3e5])
+def test_the_sample_divides_where_all_good_images_score_alike(tmp_path, monkeypatch, score):
+    import onnxruntime
+    found = [np.float32([score]), np.zeros((1, 48, 48), np.float32)]
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', lambda path: SimpleNamespace(run=lambda *_: found))
+    calibration = Calibration(np.full(20, np.float32(score)), np.zeros(20))
+    detector = SimpleNamespace(config=Config.smoke(resize=64, crop=48), calibration=calibration)
+    (tmp_path / 'a.onnx').write_bytes(b'network')
+    page = export_notes(detector, tmp_path / 'a.onnx', 'onnx')
+    image, *_ = write_images(tmp_path)
+    _, relative, decision = run_sample(page, image, tmp_path, monkeypatch)
+    assert float(relative) == pytest.approx(1, abs=0.05) and decision == 'good'
+    usual, threshold = (float(n) for n in re.search(r'double usual = (.*), threshold = (.*);', page).groups())
+    assert usual < threshold
+
+
 def test_another_file_is_not_replaced_by_the_page(tmp_path):
     (tmp_path / 'wood.md').write_text('# What I know about wood\n')
     with pytest.raises(ConfigError, match='wood.md: is there already'):
