@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import cse
 from cse.cli import app
-from cse.config import Config, from_profile
+from cse.config import PROFILES, Config, from_profile
 from cse.data.reading import image_files
 from cse.deploy import fitting
 from cse.deploy.runtime import Runtime
@@ -115,6 +115,7 @@ def test_a_fit_is_planned_shown_and_summed_up(fitted, good):
     detector = cse.load(model)
     assert type(detector) is HybridCSE and detector.config.profile == 'inspection'
     assert f'threshold: {detector.calibration.threshold(0.1):.4g}' in lines[2]
+    assert detector.fitted_on['sizes'] == Runtime(model).fitted_on['sizes'] == [[64, 64], [64, 64]]
     assert Image.open(model / 'unusual.jpg').size == (4 * 208 + 8, 3 * 244 + 8)
     assert str(model / 'unusual.jpg') in lines[3]
     assert Runtime(model).calibration.scores == pytest.approx(detector.calibration.scores, rel=1e-2)
@@ -152,7 +153,42 @@ def test_a_sheet_of_odd_images(tmp_path):
     assert sheet.shape == (252, 840) and sheet[95:115, 20:200].std() > 10  # a picture, and not a black one
 
 
+def test_a_threshold_that_promises_less_is_set_on_request_only(fitted, tmp_path):
+    model = Path(shutil.copytree(fitted[0], tmp_path / 'model'))
+    before = cse.load(model).calibration
+    few, more = write(tmp_path / 'few', 8, (70, 64)), write(tmp_path / 'more', 12, (64, 70))
+    message = refused('calibrate', model, few)
+    assert 'comes from 10 images' in message and 'down to 9.09 %' in message and '--force' in message
+    assert 'no less than 11.1 %' in message and cse.load(model).calibration.scores == pytest.approx(before.scores)
+    old = f'replaced: threshold {before.threshold(0.1):.4g} from 10 images, false-alarm rate at most 9.09 %'
+    assert old in run('calibrate', model, more, '-q').stdout
+    about = json.loads(run('calibrate', model, few, '--force', '-q', '--json').stdout)
+    assert about['replaced']['calibration_images'] == 12 and about['calibration_images'] == 8
+
+
 # --- what is refused, before PyTorch is needed
+
+def test_images_that_cannot_be_used_are_told_together(tmp_path, monkeypatch):
+    folder = write(tmp_path / 'good', 12)
+    cut = (folder / '00.png').read_bytes()[:3000]
+    for i in (3, 5, 7):
+        (folder / f'{i:02}.png').write_bytes(cut)
+    told = '3 of 12 images cannot be used (03.png, 05.png, 07.png): '
+    message = refused('fit', folder, '-o', tmp_path / 'm', '-q', *SMALL)
+    assert told in message and message.count('not a readable image') == 1
+    monkeypatch.setitem(sys.modules, 'cse.deploy.saving', None)
+    for i in range(6, 12):
+        (folder / f'{i:02}.png').write_bytes(b'')  # known by its head
+    message = refused('fit', folder, '-o', tmp_path / 'm', '-q', *SMALL)
+    assert '8 of 12 images cannot be used (03.png, 05.png, 06.png, 07.png, 08.png and 3 more): ' in message
+    assert not (tmp_path / 'm').exists()
+
+
+def test_profiles_are_listed():
+    lines = run('show-config').stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [*fitting.PROFILES, 'next:']
+    assert set(fitting.PROFILES) == set(PROFILES)
+    assert json.loads(run('show-config', '--json').stdout) == fitting.PROFILES
 
 def test_a_detector_is_replaced_on_request_only(fitted, good, tmp_path, monkeypatch):
     model = Path(shutil.copytree(fitted[0], tmp_path / 'model'))
@@ -199,6 +235,8 @@ def test_sizes_of_images_are_told(tmp_path):
     (folder / 'broken.png').write_bytes(b'')
     plan = fitting.Plan(fitting.good_files(folder), Config.smoke(), 'cse', 0)
     assert '6 images of 64×64 to 200×100 pixels' in str(plan)
+    few, = plan.notes
+    assert few.startswith('6 images show little') and not fitting.Plan([folder] * 30, None, 'cse', 0).notes
 
 
 @pytest.mark.parametrize('typed, meant', [

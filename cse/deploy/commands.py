@@ -70,15 +70,18 @@ def _draw_textures(side):
 def _fit(folder, plan, textures, seed, output, quiet, as_json):
     "Do what is planned, and tell how it went."
     from concurrent.futures import ThreadPoolExecutor
+    from cse.deploy.fitting import usable
     start = time.perf_counter()
     if not quiet: print(plan, file=sys.stderr, flush=True)
+    for sentence in plan.notes: note(sentence)
     if any(output.glob('training*.pt')): note(f'{output}: its interrupted fit is taken up')
-    with loading(not quiet), ThreadPoolExecutor(1) as pool:
-        if not textures: pool.submit(_draw_textures, plan.config.crop)
-        from cse.deploy.saving import METHODS
-    detector = METHODS[plan.method](plan.config, textures, seed)
-    images = folder if folder.is_dir() else plan.images
-    detector.fit(images, progress=not quiet, held_out=plan.share, folder=output)
+    with usable(plan.images, plan.config):
+        with loading(not quiet), ThreadPoolExecutor(1) as pool:
+            if not textures: pool.submit(_draw_textures, plan.config.crop)
+            from cse.deploy.saving import METHODS
+        detector = METHODS[plan.method](plan.config, textures, seed)
+        images = folder if folder.is_dir() else plan.images
+        detector.fit(images, progress=not quiet, held_out=plan.share, folder=output)
     _compile(detector, output, quiet)
     looked_at = _unusual(detector, output)
     _tell(detector, output, as_json, seconds=round(time.perf_counter() - start, 1), **looked_at)
@@ -140,29 +143,34 @@ def calibrate(
     quiet: Quiet = False,
     as_json: Json = False,
 ):
-    """Set the threshold anew, with good images that took no part in fitting. A file exported before
-    keeps the old one: export again.
+    """Set the threshold anew, with good images that took no part in fitting. One that promises less than
+    the old one is set with --force only. A file exported before keeps the old one: export again.
 
     Example: cse calibrate part.cse monday/good
     """
     with errors('interrupted; the detector is as it was'):
         from cse.data.files import check_writable
-        from cse.deploy.fitting import check_free
-        from cse.deploy.inspection import check_calibrated
-        target = output or model
-        check_free(target, force or target.resolve() == model.resolve())
+        from cse.deploy.fitting import check_free, check_promise, images_in, usable
+        from cse.deploy.inspection import check_calibrated, check_order
+        check_order(model, [folder], 'calibrate')
+        target, replaced = output or model, {}
+        images = images_in(folder)
+        if target.resolve() == model.resolve():
+            replaced = dict(replaced=check_promise(model, len(images), force))
+        else: check_free(target, force)
         detector = _load(model, device, weights, bits)
         check_calibrated(detector)
         stored = json.loads((model/'model.json').read_text())['config']
         check_writable(target)
-        detector.calibrate(folder, progress=not quiet)
+        with usable(images, detector.config):
+            detector.calibrate(folder, progress=not quiet)
         own = {name: stored[name] for name in ('device', 'weights')} # those of this call are not kept
         detector.config = detector.config.replace(**own)
         detector.save(target)
     with errors('interrupted; the threshold is set'):
         from cse.deploy.runtime import has_runtime
         if not has_runtime(target): _compile(detector, target, quiet)
-        _tell(detector, target, as_json)
+        _tell(detector, target, as_json, **replaced)
 
 # %% ../../nbs/deploy/20_commands.ipynb #5c0e2002
 def _overlay_files(paths, sources, folder):
@@ -223,12 +231,15 @@ def score(
     """
     with errors('interrupted; no scores were written'):
         import cse.deploy.inspection as inspection
+        inspection.check_order(model, sources, 'score')
         paths = inspection.image_paths(sources)
         inspection.check_outputs(model, sources, paths, csv_file, html, overlays)
         files = _overlay_files(paths, sources, overlays)
         detector = _open(model, device, weights, bits)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
         notes = inspection.check_pictures(detector, scale, bool(html), bool(overlays))
+        notes += (sizes := inspection.size_notes(detector, paths))
+        for sentence in sizes: note(sentence)
         scores = detector.score(paths, progress=not quiet)
         rows = inspection.score_rows(scores, calibration, scale)
         failed = inspection.save_rows(rows, csv_file) if csv_file else []
@@ -280,6 +291,7 @@ def evaluate(
     with errors():
         import cse.deploy.evaluation as evaluation
         import cse.deploy.inspection as inspection
+        inspection.check_order(model, [category] if category else [], 'evaluate')
         found = _labelled(category, good, bad, labels)
         inspection.check_outputs(model, [], found.test if found else [], html=html)
         detector = _load(model, device, weights, bits)
@@ -287,11 +299,12 @@ def evaluate(
         inspection.check_outputs(model, [], found.test, html=html)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
         lacking = inspection.check_pictures(detector, scale, bool(html))
+        sizes = inspection.size_notes(detector, found.test)
         figures, scores = evaluation.evaluation(detector, found, scale, progress=not quiet)
         rows = evaluation.labelled_rows(scores, found, calibration, scale)
-        for sentence in evaluation.evaluation_notes(figures, brief=quiet): note(sentence)
+        for sentence in sizes + evaluation.evaluation_notes(figures, brief=quiet): note(sentence)
         _print_evaluation(figures, rows, as_json)
-        about = dict(figures=figures, notes=lacking + evaluation.evaluation_notes(figures))
+        about = dict(figures=figures, notes=lacking + sizes + evaluation.evaluation_notes(figures))
         failed = _draw(detector, model, scale, scores, rows, html, quiet=quiet, **about)
         if not (quiet or failed): _tell_written(report=html)
         stop_if(failed + _unread(rows))
@@ -326,9 +339,15 @@ def export_(
         note(f'{notes} tells how to prepare images and how to run it, in Python and in C++')
 
 # %% ../../nbs/deploy/20_commands.ipynb #a04a997a
+def _listed(profiles) -> str:
+    "Names and what they mean, a line each."
+    lines = [f'{name:10}  {about}' for name, about in profiles.items()]
+    return '\n'.join([*lines, 'next: cse show-config PROFILE'])
+
 @commands.command('show-config')
 def show_config(
-    profile: Annotated[str, typer.Argument(help='inspection, smoke, paper or official.')],
+    profile: Annotated[str, typer.Argument(
+        help='inspection, smoke, paper or official. Without one, the profiles are listed.')] = '',
     method: Method = '',
     as_json: Json = False,
 ):
@@ -338,7 +357,8 @@ def show_config(
     """
     with errors():
         from dataclasses import fields
-        from cse.deploy.fitting import fit_config, method_of
+        from cse.deploy.fitting import PROFILES, fit_config, method_of
+        if not profile: return say(json.dumps(PROFILES) if as_json else _listed(PROFILES))
         config = fit_config(method_of(profile, method), profile)
         if as_json: say(json.dumps(config.to_dict(), indent=1))
         for f in () if as_json else fields(config):
@@ -379,6 +399,8 @@ def watch(
         from cse.deploy.watch import (
             Outlet, Watcher, beginning, link_image, move_image, open_inbox)
         from cse.deploy.watch import watch as look_again
+        from cse.deploy.inspection import check_order
+        check_order(model, [folder], 'watch')
         inbox = open_inbox(folder, journal, move or link, existing)
         detector = _open(model, device, weights, bits)
         _check_flagged(detector, move, link)
