@@ -9,9 +9,9 @@ __all__ = ['Textures', 'load_textures', 'check_textures']
 from pathlib import Path
 import numpy as np, torch
 from ..config import Config
-from .builtin import builtin_textures
 from .folders import texture_images
 from .images import DataError
+from .texture_files import drawn_textures
 
 # %% ../../nbs/data/10_textures.ipynb #eb8f2642
 Textures = str | Path | np.ndarray | torch.Tensor # a folder, or M×3×h×w
@@ -22,7 +22,7 @@ def load_textures(
 ) -> np.ndarray | torch.Tensor: # M×3×h×w
     "Textures for textural defects. Raises `DataError` for a folder that cannot be read."
     if textures is None or isinstance(textures, str) and not textures:
-        return builtin_textures(config.crop)
+        return drawn_textures(config.crop)
     if isinstance(textures, (str, Path)):
         return texture_images(textures, config.crop, config.workers)
     return textures

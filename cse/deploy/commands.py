@@ -63,9 +63,9 @@ def _plan(folder, config, method, held_out):
     return Plan(images, config, method, images_kept(len(images), held_out))
 
 def _draw_textures(side):
-    "Draw the built-in textures, which are kept, on another core than the one that loads PyTorch."
-    from cse.data.builtin import builtin_textures
-    builtin_textures(side)
+    "Draw the built-in textures, where they are not kept already, while PyTorch is loaded."
+    from cse.data.texture_files import drawn_textures
+    drawn_textures(side)
 
 def _fit(folder, plan, textures, seed, output, quiet, as_json):
     "Do what is planned, and tell how it went."
