@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
-from torchvision.transforms.v2 import functional as tv
 from .config import Config
 from .data.images import DataError
+from .data.lazy import Lazy
 from .data.textures import Textures, check_textures, load_textures
 
 # %% ../nbs/02_defects.ipynb #aa0102be
@@ -46,6 +46,9 @@ def perlin_noise(
     bottom = torch.lerp(corner(1, 0), corner(1, 1), across)
     down = fade(dy).expand(size, size)
     return math.sqrt(2) * torch.lerp(top, bottom, down)
+
+# %% ../nbs/02_defects.ipynb #1a2f0002
+tv = Lazy('torchvision.transforms.v2.functional') # imported when it is used
 
 # %% ../nbs/02_defects.ipynb #ee264639
 def rotate(

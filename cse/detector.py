@@ -23,7 +23,7 @@ from .data.textures import Textures
 from .model import Embedder
 from .scoring import MemoryBank
 from .training import History, make_decoder, make_embedder, pair_splits, prepare_decoder
-from .fast.engines import FastExtractor
+from .fast.kept_extractor import KeptExtractor
 from .fast.defects import FastDefectGenerator
 from .fast.cache import FeatureCache
 from .fast.model import FastEmbedder
@@ -114,7 +114,7 @@ class Detector(Estimator):
         with clock('textures'), waiting('textures', progress):
             defects = FastDefectGenerator.from_config(config, self.textures)
         with clock('load'), waiting('extractor', progress):
-            extractor = FastExtractor.from_config(config, self.layers)
+            extractor = KeptExtractor.from_config(config, self.layers)
         check_maps(extractor, config, self.decodes)
         if folder: check_writable(folder)
         cache = FeatureCache(images, extractor, config, clock, progress)
@@ -225,7 +225,7 @@ class Saved(Detector):
         try: config = kind.config_class.from_dict(about['config'])
         except ConfigError as e: raise ModelError(f'{folder}/model.json: {e}') from e
         self = kind(config.replace(**runtime), seed=about['seed'])
-        self.extractor = FastExtractor.from_config(self.config, self.layers)
+        self.extractor = KeptExtractor.from_config(self.config, self.layers)
         try: self.restore(about, tensors)
         except ModelError as e: raise ModelError(f'{folder}{e}') from e
         return self

@@ -10,11 +10,15 @@ import hashlib, logging
 from importlib import import_module, util
 from pathlib import Path
 from typing import Self
-import timm, torch
+import torch
 from torch import nn
 from .config import Config, ConfigError
+from .data.lazy import Lazy
 from .data.hub import hub_file, why_out_of_reach
 from .data.seeds import seeded_weights
+
+# %% ../nbs/03_extractor.ipynb #1a2f0003
+timm = Lazy('timm') # imported when it is used
 
 # %% ../nbs/03_extractor.ipynb #d0ba05b8
 class WeightsError(RuntimeError):
@@ -136,14 +140,10 @@ def load_model(
 ) -> tuple[nn.Module, dict]: # Frozen network in eval mode; its name, weights, tag and SHA-256
     "A frozen extractor and where its weights come from. Raises `WeightsError`, `ConfigError`."
     if name.split('.')[0] not in timm.list_models():
-        raise ConfigError(
-            f'extractor={name!r}: timm has no such model; see timm.list_models()')
+        raise ConfigError(f'extractor={name!r}: timm has no such model; see timm.list_models()')
     with seeded_weights(0): model, path = _checked_load(name, weights, layers)
-    origin = dict(
-        name=name,
-        weights=weights if weights in _PLACES else 'file',
-        tag=_tag(model, name, weights),
-        sha256=_sha256(path) if path else None)
+    origin = dict(name=name, weights=weights if weights in _PLACES else 'file')
+    origin |= dict(tag=_tag(model, name, weights), sha256=_sha256(path) if path else None)
     return model.eval().requires_grad_(False), origin
 
 # %% ../nbs/03_extractor.ipynb #ef380a30
@@ -169,8 +169,7 @@ def pick_device(
     try: found = torch.device(device)
     except RuntimeError: found = None
     if found is None or found.type not in ('cpu', 'cuda'):
-        raise ConfigError(
-            f"device={device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise ConfigError(f"device={device!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if found.type == 'cuda' and (found.index or 0) >= count:
         raise ConfigError(
             f"device={device!r}: this machine has {count} CUDA devices; 'cpu' works everywhere")

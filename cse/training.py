@@ -168,13 +168,14 @@ def make_optimizer(
     decoder: Decoder | None, # Trained too
     config: Config, # Every setting
     steps: int, # Of the whole run
+    adam: type[torch.optim.Adam] = torch.optim.Adam, # Or one like it
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]: # Optimiser and schedule
     "Adam and a one-cycle schedule over all steps (§4.1)."
     groups = [dict(params=list(network.parameters()), weight_decay=config.weight_decay)]
     if decoder is not None:
         decay = config.weight_decay if config.weight_decay_scope == 'all' else 0
         groups.append(dict(params=list(decoder.parameters()), weight_decay=decay))
-    optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
+    optimizer = adam(groups, lr=config.lr, fused=True)
     peak, momentum = config.lr * config.max_lr_factor, config.cycle_momentum
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
     return optimizer, one_cycle(optimizer, peak, total_steps=steps, cycle_momentum=momentum)
@@ -319,11 +320,11 @@ def train(
     config: Config, # Every setting
     callbacks: Iterable[Callback] = (), # Progress bar, state on disk
     losses: PairLosses = pair_losses, # Loss of each pair
+    adam: type[torch.optim.Adam] = torch.optim.Adam, # As for `make_optimizer`
 ) -> History: # Losses of every epoch, and the epoch whose weights the network has now
     "Train on pairs of images (§3.2–3.4) and keep the epoch with the least validation loss (§4.1)."
     trained = decoder if config.decoder == 'joint' else None
-    total = config.epochs * len(pairs)
-    optimizer, schedule = make_optimizer(network, trained, config, total)
+    optimizer, schedule = make_optimizer(network, trained, config, config.epochs * len(pairs), adam)
     history = History()
     state = TrainingState(network, trained, optimizer, schedule, history)
     for callback in callbacks: callback.before_training(state)

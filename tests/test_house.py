@@ -175,13 +175,15 @@ def test_the_root_is_small():
 
 
 def test_import_is_light():
-    "`import cse` costs nothing, and runs cost torch and timm; what takes more seconds is loaded when needed."
-    code = ('import sys, cse; print(*sys.modules); from cse import CSE; import cse.lab.runs; '
+    "`import cse` costs nothing, detectors cost torch; what takes more seconds is loaded when needed."
+    code = ('import sys, cse; print(*sys.modules); from cse import CSE; import cse.deploy.saving; '
+            'print(*sys.modules); import cse.lab.runs; '
             'assert "patchcore" in cse.lab.runs.METHODS; print(*sys.modules)')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    first, then = ({m.split('.')[0] for m in line.split()} for line in done.stdout.splitlines())
+    first, detectors, then = ({m.split('.')[0] for m in line.split()} for line in done.stdout.splitlines())
     heavy = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'papermill', 'sklearn', 'pandas',
              'matplotlib', 'seaborn', 'skimage', 'openvino'}
     baselines = {'anomalib', 'lightning', 'geomloss', 'opensimplex'}
     assert 'cse' in first and {'torch', 'timm', 'numpy', 'scipy'} & first == set()
+    assert 'torch' in detectors and {'timm', 'torchvision', 'scipy'} & detectors == set()
     assert {'torch', 'timm'} < then and (heavy | baselines) & then == set()

@@ -131,6 +131,17 @@ def fit(
         _fit(folder, plan, textures, seed, output, quiet, as_json)
 
 # %% ../../nbs/deploy/20_commands.ipynb #c2302831
+def _calibration_images(model, folder, target, force) -> tuple[list[Path], dict]:
+    "Good images, and what is replaced. Raises `ConfigError`, `DataError`, `ModelError`."
+    from cse.deploy.fitting import check_free, check_promise, images_in
+    from cse.deploy.inspection import check_order
+    check_order(model, [folder], 'calibrate')
+    images = images_in(folder)
+    if target.resolve() == model.resolve():
+        return images, dict(replaced=check_promise(model, len(images), force))
+    check_free(target, force)
+    return images, {}
+
 @commands.command()
 def calibrate(
     model: Model,
@@ -150,14 +161,10 @@ def calibrate(
     """
     with errors('interrupted; the detector is as it was'):
         from cse.data.files import check_writable
-        from cse.deploy.fitting import check_free, check_promise, images_in, usable
-        from cse.deploy.inspection import check_calibrated, check_order
-        check_order(model, [folder], 'calibrate')
-        target, replaced = output or model, {}
-        images = images_in(folder)
-        if target.resolve() == model.resolve():
-            replaced = dict(replaced=check_promise(model, len(images), force))
-        else: check_free(target, force)
+        from cse.deploy.fitting import usable
+        from cse.deploy.inspection import check_calibrated
+        target = output or model
+        images, replaced = _calibration_images(model, folder, target, force)
         detector = _load(model, device, weights, bits)
         check_calibrated(detector)
         stored = json.loads((model/'model.json').read_text())['config']
@@ -211,6 +218,11 @@ def _unread(rows) -> list[str]:
     missing = sum(row['score'] is None for row in rows)
     return [f'{missing} of {len(rows)} images could not be read'] if missing else []
 
+def _finish(failed, rows, quiet, **files):
+    "Name what was written, or end with what went wrong."
+    if not (quiet or failed): _tell_written(**files)
+    stop_if(failed + _unread(rows))
+
 @commands.command()
 def score(
     model: Model,
@@ -246,8 +258,7 @@ def score(
         _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
     with errors('interrupted; the scores are written, some pictures are not'):
         failed += _draw(detector, model, scale, scores, rows, html, files, quiet, notes=notes)
-        if not (quiet or failed): _tell_written(scores=csv_file, report=html, overlays=overlays)
-        stop_if(failed + _unread(rows))
+        _finish(failed, rows, quiet, scores=csv_file, report=html, overlays=overlays)
 
 # %% ../../nbs/deploy/20_commands.ipynb #5c0e2003
 def _print_evaluation(figures, rows, as_json):
@@ -260,10 +271,11 @@ def _print_evaluation(figures, rows, as_json):
     say(json.dumps(figures | listed))
 
 # %% ../../nbs/deploy/20_commands.ipynb #67f82e1b
-def _labelled(category, good, bad, labels):
+def _labelled(model, category, good, bad, labels):
     "Labelled images that do not depend on a detector; None for a category. Raises `DataError`."
     import cse.deploy.evaluation as evaluation
     import cse.deploy.inspection as inspection
+    if category: inspection.check_order(model, [category], 'evaluate')
     evaluation.check_labels(category, good, bad, labels)
     if good: return evaluation.labelled_folders(good, bad)
     if labels: return evaluation.labelled_csv(labels)
@@ -291,23 +303,21 @@ def evaluate(
     with errors():
         import cse.deploy.evaluation as evaluation
         import cse.deploy.inspection as inspection
-        inspection.check_order(model, [category] if category else [], 'evaluate')
-        found = _labelled(category, good, bad, labels)
+        found = _labelled(model, category, good, bad, labels)
         inspection.check_outputs(model, [], found.test if found else [], html=html)
         detector = _load(model, device, weights, bits)
         found = found or inspection.read_category(category, detector.config)
         inspection.check_outputs(model, [], found.test, html=html)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
-        lacking = inspection.check_pictures(detector, scale, bool(html))
-        sizes = inspection.size_notes(detector, found.test)
+        notes = inspection.check_pictures(detector, scale, bool(html))
+        notes += (sizes := inspection.size_notes(detector, found.test))
         figures, scores = evaluation.evaluation(detector, found, scale, progress=not quiet)
         rows = evaluation.labelled_rows(scores, found, calibration, scale)
         for sentence in sizes + evaluation.evaluation_notes(figures, brief=quiet): note(sentence)
         _print_evaluation(figures, rows, as_json)
-        about = dict(figures=figures, notes=lacking + sizes + evaluation.evaluation_notes(figures))
+        about = dict(figures=figures, notes=notes + evaluation.evaluation_notes(figures))
         failed = _draw(detector, model, scale, scores, rows, html, quiet=quiet, **about)
-        if not (quiet or failed): _tell_written(report=html)
-        stop_if(failed + _unread(rows))
+        _finish(failed, rows, quiet, report=html)
 
 # %% ../../nbs/deploy/20_commands.ipynb #52b3973d
 @commands.command('export')

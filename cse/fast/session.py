@@ -18,6 +18,7 @@ from ..config import Config, digest
 from ..data.timing import Stopwatch, ticking
 from ..data.files import replacing
 from ..model import Decoder
+from .adam import Adam
 from ..training import (
     Callback, History, PairLosses, PairSampler, TrainingError, TrainingState, pair_losses, train)
 
@@ -117,7 +118,7 @@ def train_until_interrupted(
 
     Raises `KeyboardInterrupt` before the first epoch."""
     watch = _Watch()
-    try: return train(network, decoder, pairs, config, [*callbacks, watch], losses)
+    try: return train(network, decoder, pairs, config, [*callbacks, watch], losses, Adam)
     except KeyboardInterrupt:
         if watch.state is None or watch.state.history.best is None: raise
         watch.state.history.interrupted = True
