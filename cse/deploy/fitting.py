@@ -126,8 +126,9 @@ def usable(
     "Raise `DataError` with all images that cannot be used, where one is met."
     if not all(map(image_size, paths)): _refuse(paths, config)
     try: yield
-    except DataError:
-        _refuse(paths, config)
+    except DataError as e:
+        about_one = any(str(e).startswith(f'{path}: ') for path in paths)
+        if about_one: _refuse(paths, config)
         raise
 
 # %% ../../nbs/deploy/11_fitting.ipynb #5f17001c
