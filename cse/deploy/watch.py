@@ -21,7 +21,7 @@ from ..config import ConfigError
 from ..data.reading import IMAGE_SUFFIXES, DataError, existing_folder, is_hidden
 from ..data.files import check_writable
 from ..extensions.decisions import Calibration, Scale
-from .inspection import scale_of
+from .inspection import scale_of, score_columns
 from .options import note
 
 # %% ../../nbs/deploy/09_watch.ipynb #47a4c844
@@ -246,7 +246,7 @@ def link_image(
     return target
 
 # %% ../../nbs/deploy/09_watch.ipynb #d73fb141
-def _digits(value) -> float: return float(f'{value:.6g}')
+_SAID = 'score', 'relative_score', 'p_value', 'decision'
 
 def _now() -> str: return datetime.now().astimezone().isoformat(timespec='milliseconds')
 
@@ -257,20 +257,16 @@ def image_row(
     scale: Scale | None, # Of its decisions
 ) -> dict: # Plain JSON values, None for what is not known
     "What is said about an image."
-    row = dict(time=_now(), path=str(path), score=_digits(score))
-    if scale is None: return row | dict(relative_score=None, p_value=None, decision=None)
-    return row | dict(
-        relative_score=_digits(scale.relative(score)),
-        p_value=_digits(calibration.p_values(score)),
-        decision='defective' if score > scale.threshold else 'good')
+    row = dict(time=_now(), path=str(path)) | dict.fromkeys(_SAID)
+    columns = score_columns([score], calibration, scale)
+    return row | {name: value for name, (value,) in columns.items()}
 
 def error_row(
     path: Path, # Of the image
     why: str, # A sentence
 ) -> dict: # Plain JSON values
     "What is said about an image that cannot be read."
-    unknown = dict.fromkeys(['score', 'relative_score', 'p_value', 'decision'])
-    return dict(time=_now(), path=str(path), **unknown, error=why)
+    return dict(time=_now(), path=str(path)) | dict.fromkeys(_SAID) | dict(error=why)
 
 # %% ../../nbs/deploy/09_watch.ipynb #1bd12e4e
 BATCH = 16 # images that are scored together
