@@ -545,7 +545,8 @@ def test_the_command_line_takes_bits(tmp_path, monkeypatch):
     monkeypatch.setattr('cse.deploy.runtime.open_detector', lambda *args: refuse(bits=args[-1]))
     Image.new('L', (8, 8)).save(tmp_path / 'a.png')
     folder = str(tmp_path)
-    for line in (['fit', folder, '-o', f'{folder}/m'], ['score', 'm', folder], ['calibrate', 'm', folder]):
+    for line in (['fit', folder, '-o', f'{folder}/m'], ['score', 'm', folder],
+                 ['calibrate', 'm', folder, '-o', f'{folder}/m']):
         assert CliRunner().invoke(app, [*line, '--bits', '12']).exit_code == 2
     assert CliRunner().invoke(app, ['score', 'm', folder]).exit_code == 2
     assert given == [12, 12, 12, 0]
@@ -568,7 +569,9 @@ def test_a_calibration_keeps_its_bits(tmp_path, monkeypatch):
     monkeypatch.setattr('cse.deploy.saving.load', load)
     monkeypatch.setattr('cse.deploy.runtime.has_runtime', lambda folder: True)
     (tmp_path / 'model.json').write_text('{"config": {"device": "cpu", "weights": "packaged"}}')
-    done = CliRunner().invoke(app, ['calibrate', str(tmp_path), 'images', '--bits', '12'])
+    monkeypatch.setattr('cse.deploy.fitting.check_promise', lambda *args: None)
+    Image.new('L', (8, 8)).save(tmp_path / 'a.png')
+    done = CliRunner().invoke(app, ['calibrate', str(tmp_path), str(tmp_path), '--bits', '12'])
     assert done.exit_code == 0, done.output
     assert (tmp_path / 'bits').read_text() == '12'
 

@@ -177,7 +177,9 @@ def test_the_root_is_small():
 def test_import_is_light():
     "`import cse` costs nothing, detectors cost torch; what takes more seconds is loaded when needed."
     code = ('import sys, cse; print(*sys.modules); from cse import CSE; import cse.deploy.saving; '
-            'print(*sys.modules); import cse.lab.runs; '
+            'from torch.nn import Linear; from cse.fast.adam import Adam; '
+            'adam = Adam(Linear(2, 2).parameters(), fused=True); adam.zero_grad(); adam.step(); '
+            'assert "torch._dynamo" not in sys.modules; print(*sys.modules); import cse.lab.runs; '
             'assert "patchcore" in cse.lab.runs.METHODS; print(*sys.modules)')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     first, detectors, then = ({m.split('.')[0] for m in line.split()} for line in done.stdout.splitlines())

@@ -266,7 +266,7 @@ def size_notes(
     paths: list[str | Path], # Image files
 ) -> list[str]: # A sentence if there are images of other sizes
     "Whether images have the size of those that a detector was fitted on."
-    config, sizes = detector.config, detector.fitted_on.get('sizes')
+    config, sizes = detector.config, getattr(detector, 'fitted_on', {}).get('sizes')
     if not (sizes and config.resize): return [] # an early detector, or one that resizes nothing
     found = {path: size for path in paths if (size := image_size(path))}
     odd = [path for path in found if _is_odd(found[path], sizes, config)]
