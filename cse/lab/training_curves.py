@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['VARIATIONS', 'UNTRAINED', 'EPOCHS', 'Variation', 'as_variations', 'OtherDefects', 'Surface', 'RememberedPairs',
-           'CurveCallback', 'training_curve', 'untrained_curve', 'run_curves']
+           'CurveCallback', 'training_curve', 'untrained_curve', 'run_curves', 'movement_plot', 'effects',
+           'effects_table', 'training_curves_plot', 'predictors', 'predictors_table', 'write_curves']
 
-# %% ../../nbs/lab/25_training_curves.ipynb #a5c4bcbb
+# %% ../../nbs/lab/25_training_curves.ipynb #6501fe61
 import itertools, json, tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import nn
 from tqdm import tqdm
 from ..config import Config, ConfigError, fingerprint, from_profile
@@ -37,9 +39,9 @@ from .model_selection import faint, scars, stains
 from .parameters import as_list, as_seeds, as_settings
 from .parameters import default_categories
 from .runs import resolve_data
-from .tables import Markdown, markdown
+from .tables import Markdown, markdown, write_files
 
-# %% ../../nbs/lab/25_training_curves.ipynb #72484da9
+# %% ../../nbs/lab/25_training_curves.ipynb #a4bfbf3c
 class Variation(NamedTuple):
     "A change to the training."
     settings: dict = {} # Settings that differ
@@ -52,6 +54,8 @@ VARIATIONS = {
     'no peak of the learning rate': Variation(dict(max_lr_factor=1.)),
     'no defects and no peak': Variation(
         dict(defect_probability=0., max_lr_factor=1.)),
+    'defects with probability 0.1 and no peak': Variation(
+        dict(defect_probability=0.1, max_lr_factor=1.)),
     'no decoder': Variation(dict(decoder='none')),
     'no defects and no decoder': Variation(
         dict(defect_probability=0., decoder='none')),
@@ -357,3 +361,184 @@ def run_curves(
                     f.write(json.dumps(dict(key=key, rows=known[key])) + '\n')
             curves[key] = known[key]
     return _frame(curves)
+
+# %% ../../nbs/lab/25_training_curves.ipynb #a957b9c2
+def _flat(network, features):
+    "Embeddings of unit length, N×P."
+    rows = torch.arange(len(features[0])).split(32)
+    z = torch.cat([network([f[part] for f in features])[1] for part in rows])
+    return nn.functional.normalize(z.flatten(1), dim=1).cpu()
+
+class _Movement(Callback):
+    "Keeps embeddings of some epochs."
+    def __init__(self, groups, epochs):
+        self.groups, self.epochs, self.found = groups, epochs, {}
+
+    def before_training(self, state): self._keep(state.network, 0)
+
+    def after_epoch(self, state):
+        self._keep(state.network, len(state.history.epochs))
+
+    @torch.no_grad()
+    def _keep(self, network, epoch):
+        if epoch not in self.epochs: return
+        network.eval()
+        self.found[epoch] = {
+            name: _flat(network, f) for name, f in self.groups.items()}
+
+def _panel(ax, groups):
+    "Two principal directions of the good embeddings."
+    good = groups['good']
+    mean = good.mean(0)
+    directions = torch.linalg.svd(good - mean, full_matrices=False)[2][:2]
+    for name, z in groups.items():
+        x, y = ((z - mean) @ directions.T).T
+        ax.plot(x, y, '.', markersize=3, label=name)
+
+def movement_plot(
+    surface: Surface,
+    config: Config, # Every setting
+    seed: int = 0, # Seed of the run
+    epochs: tuple = (0, 1, 5, 20), # Drawn, as far as the run goes
+) -> plt.Figure:
+    "Embeddings of good, synthetic and defective images at some epochs."
+    pairs = CachedPairs(
+        surface.cache, surface.extractor, surface.defects(config), config, seed)
+    network = make_embedder(surface.cache.channels, config, seed, FastEmbedder)
+    network.to(surface.extractor.device)
+    decoder = make_decoder(surface.cache.channels, config, seed)
+    if decoder is not None: decoder.to(surface.extractor.device)
+    decoder = prepare_decoder(decoder, network, pairs, config)
+    held_out = pairs.validation_indices[0]
+    made = surface.defective(held_out, config, seed)
+    bad = torch.as_tensor(surface.category.labels == 1)
+    movement = _Movement({
+        'good': [f[held_out] for f in surface.cache.features],
+        'synthetic defect': made['training'],
+        'real defect': [f[bad] for f in surface.test]}, epochs)
+    train(network, decoder, pairs, config, [movement])
+    drawn = movement.found
+    fig, axes = plt.subplots(
+        1, len(drawn), figsize=(2.1 * len(drawn), 2.3),
+        dpi=80, squeeze=False)
+    for ax, (epoch, groups) in zip(axes[0], drawn.items()):
+        _panel(ax, groups)
+        ax.set_title(f'epoch {epoch}', fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    axes[0, -1].legend(fontsize=6)
+    fig.tight_layout()
+    return fig
+
+# %% ../../nbs/lab/25_training_curves.ipynb #46c5002d
+def effects(
+    found: pd.DataFrame, # Of `run_curves`
+    against: str = UNTRAINED, # A variation
+) -> pd.DataFrame: # variation × category, points of AUROC
+    "AUROC of the checkpoints less that of another variation; means over seeds."
+    kept = found[found.kept]
+    wide = kept.pivot_table(
+        index='variation', columns=['category', 'seed'],
+        values='auroc', sort=False)
+    gain = 100 * (wide - wide.loc[against])
+    return gain.T.groupby('category', sort=False).mean().T
+
+def _interval(values):
+    "Mean of some surfaces, and half its 95 % interval."
+    half = np.nan
+    if len(values) > 1:
+        t = stats.t.ppf(0.975, len(values) - 1)
+        half = t * np.std(values, ddof=1) / np.sqrt(len(values))
+    return np.mean(values), half
+
+def _mean_cell(values):
+    mean, half = _interval(values.dropna())
+    return f'{mean:+.1f}' + ('' if np.isnan(half) else f' ± {half:.1f}')
+
+def effects_table(
+    found: pd.DataFrame, # Of `run_curves`
+) -> Markdown: # A table in Markdown
+    "The untrained distance in percent, and points gained or lost by training."
+    gain = effects(found)
+    cells = gain.map('{:+.1f}'.format)
+    cells['mean'] = gain.apply(_mean_cell, axis=1)
+    untrained = found[found.variation == UNTRAINED]
+    own = 100 * untrained.groupby('category', sort=False).auroc.mean()
+    own['mean'] = own.mean()
+    cells.loc[UNTRAINED] = own.map('{:.1f}'.format)
+    return markdown(cells.rename_axis('training'))
+
+# %% ../../nbs/lab/25_training_curves.ipynb #29b636a0
+def training_curves_plot(
+    found: pd.DataFrame, # Of `run_curves`
+    variations: list | str = '', # Drawn; empty: all
+) -> plt.Figure:
+    "AUROC over epochs, one panel a surface; dashed: the untrained distance."
+    categories = list(dict.fromkeys(found.category))
+    rows = -(-len(categories) // 4)
+    columns = min(4, len(categories))
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(0.8 + 2.3 * columns, 2.4 * rows),
+        dpi=80, squeeze=False, sharex=True)
+    for ax in axes.flat[len(categories):]: ax.axis('off')
+    for ax, category in zip(axes.flat, categories):
+        some = found[found.category == category]
+        own = some[some.variation == UNTRAINED].auroc.mean()
+        ax.axhline(100 * own, color='grey', ls='--', lw=1)
+        steps = some[~some.kept & (some.variation != UNTRAINED)]
+        for name in as_variations(variations):
+            line = steps[steps.variation == name].groupby('epoch').auroc.mean()
+            if len(line): ax.plot(line.index, 100 * line, lw=1, label=name)
+        ax.set_title(category, fontsize=9)
+        ax.set_xscale('symlog', linthresh=1)
+    for ax in axes[:, 0]: ax.set_ylabel('image AUROC, %')
+    for ax in axes[-1]: ax.set_xlabel('epoch')
+    axes.flat[0].legend(fontsize=6)
+    fig.tight_layout()
+    return fig
+
+# %% ../../nbs/lab/25_training_curves.ipynb #9441f6d3
+def predictors(
+    found: pd.DataFrame, # Of `run_curves`
+) -> pd.DataFrame: # variation, category, effect and measures
+    "What can be known without defective images, beside the effect on them; means over seeds."
+    kept = found[found.kept].drop(columns=['kept', 'epoch'])
+    means = kept.groupby(['variation', 'category'], sort=False).mean()
+    untrained = means.loc[UNTRAINED]
+    rows = []
+    for (name, category), row in means.iterrows():
+        if name == UNTRAINED: continue
+        before = untrained.loc[category]
+        changes = {k: 100 * (row[k] - before[k]) for k in ('training', *KINDS)}
+        rows.append(dict(
+            variation=name, category=category,
+            effect=100 * (row.auroc - before.auroc),
+            dimensions=row.dimensions, **changes))
+    return pd.DataFrame(rows)
+
+def predictors_table(
+    found: pd.DataFrame, # Of `run_curves`
+) -> Markdown: # A table in Markdown
+    "Agreement in sign and rank correlation of each measure with the effect."
+    frame, lines = predictors(found), []
+    for name, some in frame.groupby('variation', sort=False):
+        line = {'training': name}
+        for measure in ('training', *KINDS):
+            same = (some[measure] > 0) == (some.effect > 0)
+            rank = some[measure].corr(some.effect, method='spearman')
+            line[measure] = f'{same.sum()} of {len(some)}' + (
+                '' if np.isnan(rank) else f', {rank:+.2f}')
+        rank = some.dimensions.corr(some.effect, method='spearman')
+        line['dimensions'] = '–' if np.isnan(rank) else f'{rank:+.2f}'
+        lines.append(line)
+    return markdown(pd.DataFrame(lines).set_index('training'))
+
+# %% ../../nbs/lab/25_training_curves.ipynb #9a5209fd
+def write_curves(
+    found: pd.DataFrame, # Of `run_curves`
+    results: str | Path, # Folder
+) -> None:
+    "The tables as Markdown and CSV."
+    text = (f'**Effect of training**, points of image AUROC against the untrained distance. '
+            f'Seeds: {found.seed.nunique()}.\n\n{effects_table(found)}\n\n'
+            f'**What foretells it.**\n\n{predictors_table(found)}\n')
+    write_files(Path(results)/'tables'/'training-curves', text, found.round(4))
