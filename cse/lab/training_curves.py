@@ -429,7 +429,7 @@ def movement_plot(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/lab/25_training_curves.ipynb #46c5002d
+# %% ../../nbs/lab/25_training_curves.ipynb #9a7ae022
 def effects(
     found: pd.DataFrame, # Of `run_curves`
     against: str = UNTRAINED, # A variation
@@ -465,15 +465,16 @@ def effects_table(
     own = 100 * untrained.groupby('category', sort=False).auroc.mean()
     own['mean'] = own.mean()
     cells.loc[UNTRAINED] = own.map('{:.1f}'.format)
-    return markdown(cells.rename_axis('training'))
+    return markdown(cells.rename_axis('what is changed'))
 
-# %% ../../nbs/lab/25_training_curves.ipynb #29b636a0
+# %% ../../nbs/lab/25_training_curves.ipynb #bea58d63
 def training_curves_plot(
     found: pd.DataFrame, # Of `run_curves`
     variations: list | str = '', # Drawn; empty: all
 ) -> plt.Figure:
     "AUROC over epochs, one panel a surface; dashed: the untrained distance."
     categories = list(dict.fromkeys(found.category))
+    epochs = sorted({*found.epoch[~found.kept]})
     rows = -(-len(categories) // 4)
     columns = min(4, len(categories))
     fig, axes = plt.subplots(
@@ -490,13 +491,14 @@ def training_curves_plot(
             if len(line): ax.plot(line.index, 100 * line, lw=1, label=name)
         ax.set_title(category, fontsize=9)
         ax.set_xscale('symlog', linthresh=1)
+        ax.set_xticks(epochs, epochs, fontsize=7)
     for ax in axes[:, 0]: ax.set_ylabel('image AUROC, %')
     for ax in axes[-1]: ax.set_xlabel('epoch')
     axes.flat[0].legend(fontsize=6)
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/lab/25_training_curves.ipynb #9441f6d3
+# %% ../../nbs/lab/25_training_curves.ipynb #3a52db5b
 def predictors(
     found: pd.DataFrame, # Of `run_curves`
 ) -> pd.DataFrame: # variation, category, effect and measures
@@ -521,7 +523,7 @@ def predictors_table(
     "Agreement in sign and rank correlation of each measure with the effect."
     frame, lines = predictors(found), []
     for name, some in frame.groupby('variation', sort=False):
-        line = {'training': name}
+        line = {'what is changed': name}
         for measure in ('training', *KINDS):
             same = (some[measure] > 0) == (some.effect > 0)
             rank = some[measure].corr(some.effect, method='spearman')
@@ -530,7 +532,7 @@ def predictors_table(
         rank = some.dimensions.corr(some.effect, method='spearman')
         line['dimensions'] = '–' if np.isnan(rank) else f'{rank:+.2f}'
         lines.append(line)
-    return markdown(pd.DataFrame(lines).set_index('training'))
+    return markdown(pd.DataFrame(lines).set_index('what is changed'))
 
 # %% ../../nbs/lab/25_training_curves.ipynb #9a5209fd
 def write_curves(
