@@ -7,10 +7,11 @@ __all__ = ['VARIATIONS', 'UNTRAINED', 'EPOCHS', 'Variation', 'as_variations', 'O
            'CurveCallback', 'training_curve', 'untrained_curve', 'run_curves', 'movement_plot', 'effects',
            'effects_table', 'training_curves_plot', 'predictors', 'predictors_table', 'write_curves']
 
-# %% ../../nbs/lab/25_training_curves.ipynb #6501fe61
+# %% ../../nbs/lab/25_training_curves.ipynb #fb306123
 import itertools, json, tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt
@@ -300,15 +301,24 @@ def untrained_curve(
         row[kind] = _separation(good, scores(maps))
     return [row]
 
-# %% ../../nbs/lab/25_training_curves.ipynb #f954654c
+# %% ../../nbs/lab/25_training_curves.ipynb #c89f08fc
 def _read(file):
     "Curves that are finished."
     if not file.exists(): return {}
     lines = map(json.loads, file.read_text(encoding='utf-8').splitlines())
     return {tuple(line['key']): line['rows'] for line in lines}
 
-def _curve(name, surface, config, seed, memory):
+def _kept(file, known, key, make):
+    "The rows of a curve: from the file, or made and written there."
+    if key in known: return known[key]
+    rows = make()
+    with file.open('a', encoding='utf-8') as f:
+        f.write(json.dumps(dict(key=key, rows=rows)) + '\n')
+    return rows
+
+def _curve(name, opened, config, seed, memory):
     "The rows of one variation."
+    surface = opened()
     if name == UNTRAINED: return untrained_curve(surface, config, seed)
     settings, kind = VARIATIONS[name]
     shared = not kind and not settings.keys() & {'grey_textures'}
@@ -349,17 +359,12 @@ def run_curves(
     extractor = FastExtractor.from_config(config)
     groups = list(itertools.product(as_seeds(seeds), names))
     for seed, category in tqdm(groups, unit='surface', leave=False):
-        memory, surface = {}, None
+        found, memory = load_category(root, category, config), {}
+        opened = cache(partial(Surface, found, extractor, config, textures))
         for name in wanted:
             key = name, category, seed, mark
-            if key not in known:
-                surface = surface or Surface(
-                    load_category(root, category, config),
-                    extractor, config, textures)
-                known[key] = _curve(name, surface, config, seed, memory)
-                with file.open('a', encoding='utf-8') as f:
-                    f.write(json.dumps(dict(key=key, rows=known[key])) + '\n')
-            curves[key] = known[key]
+            make = partial(_curve, name, opened, config, seed, memory)
+            curves[key] = _kept(file, known, key, make)
     return _frame(curves)
 
 # %% ../../nbs/lab/25_training_curves.ipynb #a957b9c2
