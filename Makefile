@@ -9,6 +9,7 @@
 # make seed-variance  sources of the variance between seeds, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
 # make model-selection  settings selected without test images and without the tested surface;
 #                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
+# make training-curves  AUROC over the epochs of training, one thing changed at a time; DATA=… TEXTURES=… SEEDS=3 VARIATIONS='no decoder,…'
 # make spread    how far AUROC is spread between machines and between seeds, for the comparison with the reference
 # make robustness  bad input, damaged files, properties, killed and doubled grids, threads and processes, with counts; report pages in a browser,
 #                and the demo page where gradio is installed (extra demo)
@@ -28,14 +29,14 @@ NAME = $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),built-in)
 
 # a variable that a target does not take is refused: it would change nothing
 VARIABLES := PROFILE TABLES DATA TEXTURES MVTEC TILDA DTD EXTRACTOR WEIGHTS METHODS CATEGORIES SEEDS FORCE FRESH DEVICE SCHEDULER ROWS \
-  EVIDENCE_SEEDS PROFILES RUNS SETTINGS RESULTS
+  EVIDENCE_SEEDS PROFILES RUNS SETTINGS RESULTS VARIATIONS
 takes = $(foreach v,$(filter-out $(1),$(VARIABLES)),$(if $(findstring command,$(origin $(v))),$(error make $@ does not take $(v); \
   expected $(if $(strip $(1)),some of $(1),no variable))))
 COMMON := DATA TEXTURES MVTEC DTD CATEGORIES SEEDS DEVICE
 option = $(if $($(2)),$(1) '$($(2))')
 parameter = $(if $($(2)),-p $(1) '$($(2))')
 
-.PHONY: test tables reference text-against-code benchmark false-alarm-rates seed-variance model-selection spread robustness cluster-test report prepare clean
+.PHONY: test tables reference text-against-code benchmark false-alarm-rates seed-variance model-selection training-curves spread robustness cluster-test report prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
@@ -86,6 +87,12 @@ model-selection: $(READY)
 	$(call takes,METHODS PROFILES EVIDENCE_SEEDS $(COMMON))
 	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,results/runs/$@-$(NAME)) $(shared) $(call parameter,methods,METHODS) \
 	  $(call parameter,profiles,PROFILES) $(call parameter,evidence_seeds,EVIDENCE_SEEDS)
+
+training-curves: $(READY)
+	$(call takes,PROFILE VARIATIONS $(COMMON))
+	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,results/runs/$@-$(NAME)-$(PROFILE)) $(call parameter,seeds,SEEDS) \
+	  $(call parameter,device,DEVICE) -p settings '{"epochs": 20}' -p categories '$(CATEGORIES)' -p profile '$(PROFILE)' \
+	  -p variations '$(VARIATIONS)'
 
 spread: $(READY)
 	$(call takes,)

@@ -117,7 +117,7 @@ def _seed(of: str):
 class RunSettings:
     "Data, sources of chance, and how a run is computed."
     weights: str = setting(
-        'timm', "'timm' (hub), 'packaged' (tf_efficientnet_lite0 only), 'random', "
+        'timm', "'timm' (hub), 'packaged' (tf_efficientnet_lite0 to lite2), 'random', "
         'or a .safetensors or .pth file')
     resize_mode: str = setting(
         'square', 'Squeeze to a square, or resize the shorter side and keep the shape',

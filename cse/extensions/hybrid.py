@@ -30,6 +30,14 @@ def _deviation(values, least=1e-3) -> torch.Tensor:
     least = (1e-3 * values.mean().abs()).clamp(min=least)
     return values.std(correction=min(1, values.numel() - 1)).maximum(least)
 
+def _shrunk(covariance, size, images) -> torch.Tensor:
+    "P×d×d covariances, drawn towards the mean of 3×3 neighbouring positions; less for more images."
+    maps = covariance.reshape(*size, -1).movedim(2, 0)
+    around = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+    around = around.movedim(0, 2).reshape(covariance.shape)
+    d = covariance.shape[1]
+    return covariance.lerp(around, d / (d + images))
+
 class PatchGaussians(nn.Module):
     "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
@@ -64,6 +72,7 @@ class PatchGaussians(nn.Module):
         def parts(): return (self._positions(i, features[part]).double() for part in rows.split(64))
         mean = sum(x.sum(1, keepdim=True) for x in parts()) / len(rows)
         covariance = sum((x - mean).mT @ (x - mean) for x in parts()) / max(len(rows) - 1, 1)
+        covariance = _shrunk(covariance, features.shape[2:], len(rows))
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         diagonal += (self.shrinkage * diagonal.mean(1, keepdim=True)).clamp(min=1e-12)
         identity = torch.eye(
