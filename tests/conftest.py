@@ -126,6 +126,7 @@ def robustness(passed, failed):
     return (f'robustness: {bad_input} cases of bad input, {noted("damaged")} damaged model files, '
             f'{count("test_damaged_record")} damaged records, '
             f'{count("test_properties.py")} properties of {EXAMPLES} examples each, '
-            f'{noted("kills")} grids killed, {noted("thread_calls")} calls in threads, '
+            f'{noted("kills")} grids and {noted("watches")} watches killed, '
+            f'{noted("thread_calls")} calls in threads, '
             f'{noted("process_calls")} in other processes, {noted("scored")} images in flat memory, '
             f'{len(failed)} failures')
