@@ -262,49 +262,53 @@ def promoted(monkeypatch, *words):
     return line
 
 
-def test_what_make_reference_refuses(published, tmp_path, monkeypatch):
+def test_what_make_reference_refuses(published, tmp_path, monkeypatch, record_property):
     (tmp_path / 'file').touch()
     new = tmp_path / 'new/reference'
-    for *words, expected in (
-            (new, 'expected one folder'), (published, published, new, 'expected one folder'),
-            ('', new, 'holds no records'), (tmp_path / 'file', new, 'holds no records'),
-            (published, Path('/proc/reference'), 'no file can be written'),
-            (published, tmp_path / 'file', 'no file can be written'),
-            (published, published.parent, 'is the reference')):
+    cases = (
+        (new, 'expected one folder'), (published, published, new, 'expected one folder'),
+        ('', new, 'holds no records'), (tmp_path / 'file', new, 'holds no records'),
+        (published, Path('/proc/reference'), 'no file can be written'),
+        (published, tmp_path / 'file', 'no file can be written'),
+        (published, published.parent, 'is the reference'))
+    record_property('bad_input', len(cases))
+    for *words, expected in cases:
         assert expected in promoted(monkeypatch, *words), words
     assert not new.exists() and compare(published, promote(published, new)).ok
 
 
-def test_wrong_uses_of_tables_end_before_the_first_run(surface, tmp_path, made):
+def test_wrong_uses_of_tables_end_before_the_first_run(surface, tmp_path, made, record_property):
     (tmp_path / 'file').write_text('')
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine/thesis.tex').write_text('')
-    for words, expected in (
-            ((9,), 'table 9'),
-            ((1, '--data', tmp_path / 'nowhere'), 'nowhere'),
-            ((1, '--data', surface, '--results', tmp_path / 'file/x'), 'no file can be written'),
-            ((1, '--data', surface, '--notebooks', tmp_path, '--results', tmp_path / 'r'), 'is missing'),
-            ((1, '--data', surface, '--results', tmp_path / 'mine', '--fresh'), 'thesis.tex'),
-            ((1, '--data', surface / 'gravel/train/good/00.png'), 'no such folder'),
-            ((1, '--data', surface, '--textures', tmp_path / 'nowhere'), 'nowhere: no such folder'),
-            ((2, '--tilda', tmp_path / 'nowhere'), 'nowhere: no such folder'),
-            ((1, '--data', surface, '--results', tmp_path / 'file'), 'no file can be written'),
-            ((1, '--data', surface, '--results', '/proc/x'), 'no file can be written'),
-            ((1, '--data', surface, '--results', reference_folder()), 'is the reference'),
-            ((4, '--data', surface, '--results', made, '--profile', 'paper'), "profile='smoke', not 'paper'"),
-            ((4, '--data', surface, '--results', made, '--weights', tmp_path / 'net.pth'), 'net.pth'),
-            ((1, '--weights', tmp_path / 'net.pth', '--results', tmp_path / 'r'), 'no such file'),
-            ((1, '--profile', 'quick', '--results', tmp_path / 'r'), "profile='quick'"),
-            ((1, '--device', 'tpu', '--results', tmp_path / 'r'), "device='tpu'"),
-            ((1, '--categories', 'granite', '--results', tmp_path / 'r'), "'granite'"),
-            ((1, '--categories', 'wood,textile1', '--results', tmp_path / 'r'), 'not both in one table'),
-            ((5, '--methods', 'classifier/none', '--results', tmp_path / 'r'), 'decoder modes'),
-            ((1, '--results', reference_folder(), '--fresh'), 'is the reference'),
-            ((1, '--results', reference_folder() / 'surfaces-smoke', '--fresh'), 'is the reference'),
-            ((1, '--seeds', '1.7', '--results', tmp_path / 'r'), 'seeds='),
-            ((1, '--methods', 'patchwork', '--results', tmp_path / 'r'), 'patchwork'),
-            ((4, '--data', surface, '--results', made), 'expected another folder'),
-            ((1, '--scheduler', 'thousands', '--results', tmp_path / 'r'), 'scheduler=')):
+    cases = (
+        ((9,), 'table 9'),
+        ((1, '--data', tmp_path / 'nowhere'), 'nowhere'),
+        ((1, '--data', surface, '--results', tmp_path / 'file/x'), 'no file can be written'),
+        ((1, '--data', surface, '--notebooks', tmp_path, '--results', tmp_path / 'r'), 'is missing'),
+        ((1, '--data', surface, '--results', tmp_path / 'mine', '--fresh'), 'thesis.tex'),
+        ((1, '--data', surface / 'gravel/train/good/00.png'), 'no such folder'),
+        ((1, '--data', surface, '--textures', tmp_path / 'nowhere'), 'nowhere: no such folder'),
+        ((2, '--tilda', tmp_path / 'nowhere'), 'nowhere: no such folder'),
+        ((1, '--data', surface, '--results', tmp_path / 'file'), 'no file can be written'),
+        ((1, '--data', surface, '--results', '/proc/x'), 'no file can be written'),
+        ((1, '--data', surface, '--results', reference_folder()), 'is the reference'),
+        ((4, '--data', surface, '--results', made, '--profile', 'paper'), "profile='smoke', not 'paper'"),
+        ((4, '--data', surface, '--results', made, '--weights', tmp_path / 'net.pth'), 'net.pth'),
+        ((1, '--weights', tmp_path / 'net.pth', '--results', tmp_path / 'r'), 'no such file'),
+        ((1, '--profile', 'quick', '--results', tmp_path / 'r'), "profile='quick'"),
+        ((1, '--device', 'tpu', '--results', tmp_path / 'r'), "device='tpu'"),
+        ((1, '--categories', 'granite', '--results', tmp_path / 'r'), "'granite'"),
+        ((1, '--categories', 'wood,textile1', '--results', tmp_path / 'r'), 'not both in one table'),
+        ((5, '--methods', 'classifier/none', '--results', tmp_path / 'r'), 'decoder modes'),
+        ((1, '--results', reference_folder(), '--fresh'), 'is the reference'),
+        ((1, '--results', reference_folder() / 'surfaces-smoke', '--fresh'), 'is the reference'),
+        ((1, '--seeds', '1.7', '--results', tmp_path / 'r'), 'seeds='),
+        ((1, '--methods', 'patchwork', '--results', tmp_path / 'r'), 'patchwork'),
+        ((4, '--data', surface, '--results', made), 'expected another folder'),
+        ((1, '--scheduler', 'thousands', '--results', tmp_path / 'r'), 'scheduler='))
+    record_property('bad_input', len(cases))
+    for words, expected in cases:
         done = command('tables', *words)
         assert done.exit_code == 2 and expected in sentence(done), (words, done.output)
         assert not (tmp_path / 'r').exists()
