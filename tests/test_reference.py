@@ -158,7 +158,7 @@ WRONG = {  # what is done to the runs and to the reference → what is said
     'a list without a list': (lambda r, f: ask(r, seeds=3), 'seeds=3, expected list'),
     'a list with an unknown setting': (lambda r, f: ask(r, settings={'epoch': 1}), "did you mean 'epochs'"),
     'a list with an unknown profile': (lambda r, f: ask(r, profile='quick'), "damaged (profile='quick'"),
-    'a list with an unknown table': (lambda r, f: ask(r, 9), 'asked.json: is damaged (table=9'),
+    'a list with an unknown table': (lambda r, f: ask(r, 9), 'has none of the tables'),
     'a list that is no text': (
         lambda r, f: (r / 'asked.json').write_bytes(b'{"\xff": 1}'), 'asked.json: is damaged'),
     'a list that is a folder': (

@@ -19,7 +19,6 @@ from ..extensions.hybrid import HybridConfig
 from ..baselines.features import UnsuitableError
 from ..baselines.registry import BASELINES, baseline_config
 from .grid import check_grid, grid
-from .published import published_table
 from .records import (
     is_timing, load_records, method_config, record_config, reference_folder)
 from .runs import METHODS, NO_TEXTURES, data_name, variant
@@ -179,9 +178,8 @@ _LISTED = 'methods', 'categories', 'seeds'
 _KINDS = dict.fromkeys(('profile', 'textures', 'data'), str) | dict(settings=dict)
 _KINDS |= dict.fromkeys(_LISTED, list)
 
-def _checked_entry(table, entry):
+def _checked_entry(entry):
     "What a table was asked for. Raises `ValueError` if it is damaged."
-    published_table(table)
     for name, kind in _KINDS.items():
         value = entry.get(name)
         if not isinstance(value, kind): raise ValueError(f'{name}={value!r}, expected {kind.__name__}')
@@ -195,8 +193,7 @@ def read_asked(
     file = Path(results)/'asked.json'
     if not file.exists(): return {}
     try:
-        asked = {int(table): entry for table, entry in json.loads(file.read_text()).items()}
-        return {table: _checked_entry(table, entry) for table, entry in asked.items()}
+        return {int(table): _checked_entry(entry) for table, entry in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as e:
         raise ConfigError(
             f'{file}: is damaged ({e}); expected JSON with an entry a table; '
@@ -215,8 +212,8 @@ def join_asked(
 
 def _joined(old, new, file):
     "The entry of a table after another call."
-    for name in new.keys() - {*_LISTED}:
-        if old.get(name, new[name]) == new[name]: continue
+    for name in new:
+        if name in _LISTED or old.get(name, new[name]) == new[name]: continue
         raise ConfigError(
             f'{file}: this folder holds runs with {name}={old[name]!r}, '
             f'not {new[name]!r}; expected another folder of results')
