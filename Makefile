@@ -100,8 +100,9 @@ spread: $(READY)
 
 robustness: $(READY)
 	$(call takes,)
-	ROBUSTNESS_KILLS=100 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py \
-	  tests/test_report_page.py tests/test_inspection.py tests/test_watch.py tests/test_demo.py tests/test_baselines.py tests/test_threads.py
+	ROBUSTNESS_KILLS=100 $(BIN)/python -m pytest -q tests/test_bad_input.py tests/test_wrong_types.py tests/test_inputs.py tests/test_reference.py \
+	  tests/test_detector.py tests/test_engines.py tests/test_properties.py tests/test_robustness.py tests/test_report_page.py \
+	  tests/test_inspection.py tests/test_watch.py tests/test_demo.py tests/test_baselines.py tests/test_threads.py
 
 cluster-test: $(READY)
 	$(call takes,)

@@ -115,6 +115,12 @@ def properties(reports, name):
     return [value for report in reports for key, value in report.user_properties if key == name]
 
 
+BAD_INPUT = (  # parts of the names of tests, each with one bad input
+    'test_bad_input.py', 'test_wrong_types.py::test_no', 'test_wrong_types.py::test_tables', 'mistakes',
+    'that_are_no_images', 'constructor_refuses', 'detector_that_cannot_be', 'one_bad_image', 'may_raise',
+    'could_mean_several_things', 'labels_are_checked', 'cannot_be_compared', 'does_not_fit')
+
+
 def robustness(passed, failed):
     "One line of counts."
     from test_properties import EXAMPLES
@@ -122,10 +128,11 @@ def robustness(passed, failed):
         return sum(any(word in report.nodeid for word in words) for report in passed)
     def noted(name):
         return sum(map(int, properties(passed, name)))
-    bad_input = count('test_bad_input.py', 'mistakes', 'that_are_no_images')
+    bad_input = count(*BAD_INPUT) + noted('bad_input')
     return (f'robustness: {bad_input} cases of bad input, {noted("damaged")} damaged model files, '
             f'{count("test_damaged_record")} damaged records, '
             f'{count("test_properties.py")} properties of {EXAMPLES} examples each, '
-            f'{noted("kills")} grids killed, {noted("thread_calls")} calls in threads, '
+            f'{noted("kills")} grids and {noted("watches")} watches killed, '
+            f'{noted("thread_calls")} calls in threads, '
             f'{noted("process_calls")} in other processes, {noted("scored")} images in flat memory, '
             f'{len(failed)} failures')

@@ -3,6 +3,8 @@ import gzip
 import json
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ from typer.testing import CliRunner
 
 from cse.cli import app
 from cse.config import ConfigError
+from cse.lab import parameters
+from cse.lab import reference as module
 from cse.lab.parameters import note_asked, read_asked, run_table, table_records
 from cse.lab.records import load_records, reference_folder, write_packed
 from cse.lab.regenerate import Progress, options_of, planned, print_tables, regenerate, start_over
 from cse.lab.reproduction import Spread, band, compare, compare_table
 from cse.lab.reference import promote
+from cse.lab.tables import publish
 
 ROOT = Path(__file__).parent.parent
 SMALL = {'epochs': 1, 'resize': 64, 'crop': 64}
@@ -70,6 +75,13 @@ def put(path, value):
             record = record[name]
         record[last] = value
     return change
+
+
+def ask(folder, table=4, **changes):
+    "Change what a folder was asked for."
+    file = folder / 'asked.json'
+    entry, = json.loads(file.read_text()).values()
+    file.write_text(json.dumps({table: entry | changes}))
 
 
 def test_the_same_runs_are_equal_to_the_last_bit(runs, reference):
@@ -142,6 +154,27 @@ WRONG = {  # what is done to the runs and to the reference → what is said
     'a damaged list of what was asked': (
         lambda r, f: (r / 'asked.json').write_text('{"4": '), 'asked.json: is damaged'),
     'a list of another form': (lambda r, f: (r / 'asked.json').write_text('[1]'), 'asked.json: is damaged'),
+    'a list that lacks the data': (lambda r, f: ask(r, data=None), 'asked.json: is damaged (data=None'),
+    'a list without a list': (lambda r, f: ask(r, seeds=3), 'seeds=3, expected list'),
+    'a list with an unknown setting': (lambda r, f: ask(r, settings={'epoch': 1}), "did you mean 'epochs'"),
+    'a list with an unknown profile': (lambda r, f: ask(r, profile='quick'), "damaged (profile='quick'"),
+    'a list with an unknown table': (lambda r, f: ask(r, 9), 'has none of the tables'),
+    'a list that is no text': (
+        lambda r, f: (r / 'asked.json').write_bytes(b'{"\xff": 1}'), 'asked.json: is damaged'),
+    'a list that is a folder': (
+        lambda r, f: ((r / 'asked.json').unlink(), (r / 'asked.json').mkdir()), 'asked.json'),
+    'a damaged list of the reference': (lambda r, f: ask(f, textures=1), 'textures=1, expected str'),
+    'a record without scores': (lambda r, f: edit(r, put('scores', None)), 'scores=None, expected list'),
+    'a record with a value of another kind': (
+        lambda r, f: edit(r, put('data.test_good', '3')), "data.test_good='3', expected int"),
+    'an empty record': (lambda r, f: next(r.glob('records/*')).write_text('{"schema": 2}'), 'key=None'),
+    'an empty record of the reference': (
+        lambda r, f: next(f.glob('records/*')).write_text('{"schema": 2}\n'), 'line 1: key=None'),
+    'an empty spread': (lambda r, f: (f.parent / 'spread.csv').touch(), 'spread.csv: is damaged'),
+    'a spread of something else': (
+        lambda r, f: (f.parent / 'spread.csv').write_text('a,b\n1,2\n'), 'spread.csv: is damaged'),
+    'a spread without machines': (
+        lambda r, f: (f.parent / 'spread.csv').write_text('varied,method,sd\nseed,CSE,1\n'), 'is damaged'),
     'a damaged record': (lambda r, f: next(r.glob('records/*.json')).write_text('{'), 'is no JSON'),
     'a record of another version': (
         lambda r, f: edit(r, put('schema', 1)), 'expected a record of schema'),
@@ -170,29 +203,115 @@ WRONG = {  # what is done to the runs and to the reference → what is said
 def test_what_cannot_be_compared_is_said_in_one_sentence(runs, reference, damage, words):
     damage(runs, reference)
     done = command('compare', runs, reference)
-    assert done.exit_code == 2 and words in done.stderr and 'Traceback' not in done.output
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.exit_code == 2 and words in sentence(done)
 
 
-def test_wrong_uses_of_tables_end_before_the_first_run(surface, tmp_path, made):
+def sentence(done):
+    "The one line that a command has to say about a wrong use."
+    line, = done.stderr.splitlines()
+    assert line.startswith('error: ') and 'Traceback' not in done.output
+    return line
+
+
+@pytest.fixture(scope='module')
+def published(made, tmp_path_factory):
+    "The same with its table, as if the source had no uncommitted changes."
+    folder = shutil.copytree(made, tmp_path_factory.mktemp('published') / made.name)
+    edit(folder, put('dirty', False))
+    publish(table_records(load_records(folder), 4, read_asked(folder)[4]), 4, folder)
+    (folder / 'notebooks').mkdir()
+    return folder
+
+
+NOT_FIT = {  # what is done to the runs → exit status of the audit, and what is said
+    'no folder': (shutil.rmtree, 2, 'holds no records'),
+    'a file': (lambda r: (shutil.rmtree(r), r.write_text('')), 2, 'holds no records'),
+    'no records': (lambda r: shutil.rmtree(r / 'records'), 2, 'holds no records'),
+    'a damaged list': (lambda r: (r / 'asked.json').write_text('{'), 2, 'asked.json: is damaged'),
+    'a list without a list': (lambda r: ask(r, methods=3), 2, 'methods=3, expected list'),
+    'another version': (lambda r: edit(r, put('schema', 1)), 1, 'schema: expected 2, found 1'),
+    'mixed data': (lambda r: edit(r, put('data.fingerprint', '0' * 16)), 1, 'name of the file: expected'),
+    'a damaged notebook': (
+        lambda r: (r / 'notebooks/table4.ipynb').write_text('{'), 1, 'file: expected an executed notebook'),
+    'a notebook of another form': (
+        lambda r: (r / 'notebooks/table4.ipynb').write_text('[]'), 1, 'expected an executed notebook'),
+    'a table that is no text': (
+        lambda r: (r / 'tables/table4.md').write_bytes(b'\xff'), 1, 'tables/table4.md: line 1')}
+
+
+@pytest.mark.parametrize('damage, status, words', NOT_FIT.values(), ids=NOT_FIT)
+def test_what_does_not_fit_is_told_and_is_not_promoted(
+        published, tmp_path, monkeypatch, damage, status, words):
+    runs = Path(shutil.copytree(published, tmp_path / published.name))
+    damage(runs)
+    done = command('audit', runs)
+    assert done.exit_code == status and words in (done.stdout if status == 1 else sentence(done))
+    assert ('the audit has' if status == 1 else words) in promoted(monkeypatch, runs, tmp_path / 'reference')
+    assert not (tmp_path / 'reference').exists()
+
+
+def promoted(monkeypatch, *words):
+    "What `make reference` says to a wrong use."
+    *words, folder = words
+    monkeypatch.setattr(module, 'reference_folder', lambda: folder)
+    monkeypatch.setattr(sys, 'argv', ['', *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    line, = str(end.value).splitlines()
+    assert line.startswith('error: ')
+    return line
+
+
+def test_what_make_reference_refuses(published, tmp_path, monkeypatch, record_property):
+    (tmp_path / 'file').touch()
+    new = tmp_path / 'new/reference'
+    cases = (
+        (new, 'expected one folder'), (published, published, new, 'expected one folder'),
+        ('', new, 'holds no records'), (tmp_path / 'file', new, 'holds no records'),
+        (published, Path('/proc/reference'), 'no file can be written'),
+        (published, tmp_path / 'file', 'no file can be written'),
+        (published, published.parent, 'is the reference'))
+    record_property('bad_input', len(cases))
+    for *words, expected in cases:
+        assert expected in promoted(monkeypatch, *words), words
+    assert not new.exists() and compare(published, promote(published, new)).ok
+
+
+def test_wrong_uses_of_tables_end_before_the_first_run(surface, tmp_path, made, record_property):
     (tmp_path / 'file').write_text('')
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine/thesis.tex').write_text('')
-    for words, expected in (
-            ((9,), 'table 9'),
-            ((1, '--data', tmp_path / 'nowhere'), 'nowhere'),
-            ((1, '--data', surface, '--results', tmp_path / 'file/x'), 'no file can be written'),
-            ((1, '--data', surface, '--notebooks', tmp_path, '--results', tmp_path / 'r'), 'is missing'),
-            ((1, '--data', surface, '--results', tmp_path / 'mine', '--fresh'), 'thesis.tex'),
-            ((1, '--results', reference_folder(), '--fresh'), 'is the reference'),
-            ((1, '--results', reference_folder() / 'surfaces-smoke', '--fresh'), 'is the reference'),
-            ((1, '--seeds', '1.7', '--results', tmp_path / 'r'), 'seeds='),
-            ((1, '--methods', 'patchwork', '--results', tmp_path / 'r'), 'patchwork'),
-            ((4, '--data', surface, '--results', made), 'expected another folder'),
-            ((1, '--scheduler', 'thousands', '--results', tmp_path / 'r'), 'scheduler=')):
+    cases = (
+        ((9,), 'table 9'),
+        ((1, '--data', tmp_path / 'nowhere'), 'nowhere'),
+        ((1, '--data', surface, '--results', tmp_path / 'file/x'), 'no file can be written'),
+        ((1, '--data', surface, '--notebooks', tmp_path, '--results', tmp_path / 'r'), 'is missing'),
+        ((1, '--data', surface, '--results', tmp_path / 'mine', '--fresh'), 'thesis.tex'),
+        ((1, '--data', surface / 'gravel/train/good/00.png'), 'no such folder'),
+        ((1, '--data', surface, '--textures', tmp_path / 'nowhere'), 'nowhere: no such folder'),
+        ((2, '--tilda', tmp_path / 'nowhere'), 'nowhere: no such folder'),
+        ((1, '--data', surface, '--results', tmp_path / 'file'), 'no file can be written'),
+        ((1, '--data', surface, '--results', '/proc/x'), 'no file can be written'),
+        ((1, '--data', surface, '--results', reference_folder()), 'is the reference'),
+        ((4, '--data', surface, '--results', made, '--profile', 'paper'), "profile='smoke', not 'paper'"),
+        ((4, '--data', surface, '--results', made, '--weights', tmp_path / 'net.pth'), 'net.pth'),
+        ((1, '--weights', tmp_path / 'net.pth', '--results', tmp_path / 'r'), 'no such file'),
+        ((1, '--profile', 'quick', '--results', tmp_path / 'r'), "profile='quick'"),
+        ((1, '--device', 'tpu', '--results', tmp_path / 'r'), "device='tpu'"),
+        ((1, '--categories', 'granite', '--results', tmp_path / 'r'), "'granite'"),
+        ((1, '--categories', 'wood,textile1', '--results', tmp_path / 'r'), 'not both in one table'),
+        ((5, '--methods', 'classifier/none', '--results', tmp_path / 'r'), 'decoder modes'),
+        ((1, '--results', reference_folder(), '--fresh'), 'is the reference'),
+        ((1, '--results', reference_folder() / 'surfaces-smoke', '--fresh'), 'is the reference'),
+        ((1, '--seeds', '1.7', '--results', tmp_path / 'r'), 'seeds='),
+        ((1, '--methods', 'patchwork', '--results', tmp_path / 'r'), 'patchwork'),
+        ((4, '--data', surface, '--results', made), 'expected another folder'),
+        ((1, '--scheduler', 'thousands', '--results', tmp_path / 'r'), 'scheduler='))
+    record_property('bad_input', len(cases))
+    for words, expected in cases:
         done = command('tables', *words)
-        assert done.exit_code == 2 and expected in done.stderr, (words, done.output)
-        assert 'Traceback' not in done.output and not list(tmp_path.glob('r/records/*.json'))
+        assert done.exit_code == 2 and expected in sentence(done), (words, done.output)
+        assert not (tmp_path / 'r').exists()
     assert (tmp_path / 'mine/thesis.tex').exists() and (reference_folder() / 'README.md').exists()
 
 
@@ -243,6 +362,28 @@ def test_methods_and_seeds_of_several_calls_stand_in_one_table(asked, tmp_path):
         run_table(1, **given | dict(settings=SMALL | {'epochs': 2}), methods='padim')
 
 
+def test_two_that_ask_at_once_are_both_noted(tmp_path, monkeypatch):
+    "The second one asks while the first one has read, and not yet written."
+    entry = dict(profile='smoke', settings={}, textures='t', data='d', categories=['wood'], seeds=[0])
+    read, others = parameters.read_asked, []
+
+    def read_slowly(results):
+        found = read(results)
+        if not others:
+            given = entry | dict(methods=['cse'])
+            others.append(threading.Thread(target=note_asked, args=(tmp_path, 2), kwargs=given))
+            others[0].start()
+            others[0].join(0.2)
+        return found
+
+    monkeypatch.setattr(parameters, 'read_asked', read_slowly)
+    note_asked(tmp_path, 1, **entry, methods=['padim'])
+    others[0].join()
+    assert {table: entry['methods'] for table, entry in read(tmp_path).items()} == {1: ['padim'], 2: ['cse']}
+    start_over(tmp_path)
+    assert not tmp_path.exists()
+
+
 @pytest.mark.parametrize('change', [dict(code='other'), dict(device='A GPU'), dict(torch='1.0')])
 def test_a_run_of_another_environment_is_no_run_of_this_one(asked, tmp_path, monkeypatch, change):
     from cse.lab import runs
@@ -263,11 +404,8 @@ def test_baselines_carry_only_their_own_settings(asked, tmp_path):
     assert one['textures']['name'] == 'none' and one['environment']['anomalib']
 
 
-def test_only_clean_complete_runs_become_the_reference(runs, tmp_path):
-    from cse.lab.tables import publish
-    reference = tmp_path / 'reference'
-    reference.mkdir()
-    publish(table_records(load_records(runs), 4, read_asked(runs)[4]), 4, runs)
+def test_only_clean_complete_runs_become_the_reference(published, tmp_path):
+    runs, reference = Path(shutil.copytree(published, tmp_path / published.name)), tmp_path / 'reference'
     edit(runs, put('dirty', True))
     with pytest.raises(ConfigError, match='uncommitted changes'):
         promote(runs, reference)

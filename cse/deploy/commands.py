@@ -403,11 +403,12 @@ def watch(
 ):
     """Score images as they arrive in a folder, each once, one JSON line an image. Ctrl-C ends it.
 
+    MODEL is read once, at the start. After a new calibration, end the watch and start it again.
+
     Example: cse watch wood.cse camera --move flagged
     """
     with errors():
-        from cse.deploy.watch import (
-            Outlet, Watcher, beginning, link_image, move_image, open_inbox)
+        from cse.deploy.watch import Outlet, Watcher, link_image, move_image, open_inbox
         from cse.deploy.watch import watch as look_again
         from cse.deploy.inspection import check_order
         check_order(model, [folder], 'watch')
@@ -417,7 +418,6 @@ def watch(
         keep = move_image if move else link_image if link else None
         outlet = Outlet(inbox.journal, keep=keep, flagged=move or link)
         watcher = Watcher(detector, inbox, outlet, alpha, patience)
-        note(beginning(watcher))
         counts = look_again(watcher, every, once)
         if once and counts['unreadable']: stop(f'{counts["unreadable"]} images could not be read', 1)
 

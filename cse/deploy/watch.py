@@ -8,18 +8,19 @@ __all__ = ['SPARE', 'AT_ONCE', 'BATCH', 'is_temporary', 'Arrival', 'arrivals', '
            'summary', 'watch']
 
 # %% ../../nbs/deploy/09_watch.ipynb #63cab606
-import errno, heapq, json, logging, os, shutil, signal, sys, time
+import errno, filecmp, heapq, json, logging, os, shutil, signal, sys, time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 import numpy as np
 from ..config import ConfigError
 from ..data.reading import IMAGE_SUFFIXES, DataError, existing_folder, is_hidden
-from ..data.files import check_writable
+from ..data.files import check_writable, locked
 from ..extensions.decisions import Calibration, Scale
 from .inspection import scale_of, score_columns
 from .options import note
@@ -133,6 +134,23 @@ class Journal:
                 if self.torn: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 self.unwritten.popleft()
 
+    def pass_over(self,
+        image: Arrival, # That cannot be read
+    ):
+        "Leave an image alone until the next start."
+        self.known.add(hash(image.identity))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        "Keep other processes away. Raises `ConfigError` where one has this journal."
+        with ExitStack() as stack:
+            try: stack.enter_context(locked(self.path, wait=0))
+            except TimeoutError: raise ConfigError(
+                f'{self.path}: another `cse watch` works with this journal; '
+                'expected one at a time, or another file, see --journal') from None
+            self.load() # what another one has done
+            yield
+
     def forget(self,
         present: set[int], # Numbers of known images that are in the folder
     ):
@@ -195,55 +213,73 @@ class Inbox:
         return len(done) < AT_ONCE and all(done)
 
 # %% ../../nbs/deploy/09_watch.ipynb #b535e5d2
-def _free_name(target: Path) -> Path:
-    "An empty file of a new name."
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for n in count():
-        name = f'{target.stem}-{n}{target.suffix}' if n else target.name
-        with suppress(FileExistsError):
-            os.close(os.open(target.with_name(name), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            return target.with_name(name)
+def _names(target: Path) -> Iterator[Path]:
+    "x.png, x-1.png, x-2.png and so on."
+    yield target
+    for n in count(1): yield target.with_name(f'{target.stem}-{n}{target.suffix}')
 
-def _bring(source, target):
-    "Rename a file, or copy it so that it appears whole."
-    try: return os.replace(source, target)
-    except OSError as e:
-        if e.errno != errno.EXDEV: raise
-    copy = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+def _is_same(source, place) -> bool:
+    "Whether a file is an image that a move, cut off later, has brought there."
+    here, there = os.stat(source), os.lstat(place)
+    if (here.st_size, here.st_mtime_ns) != (there.st_size, there.st_mtime_ns): return False
+    return filecmp.cmp(source, place, shallow=False)
+
+def _enter(source, target, give) -> Path:
+    "Give a file the first name that is free."
+    for place in _names(target):
+        try: give(source, place)
+        except FileExistsError:
+            if not _is_same(source, place): continue
+        return place
+
+def _rename(source, place):
+    "As `os.link`, for disks on which a file has one name. Another program must not take it meanwhile."
+    if os.path.lexists(place): raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+    os.rename(source, place)
+
+def _copy(source, target) -> Path:
+    "Copy a file so that it appears whole."
+    number = crc32(os.fsencode(source.absolute()))
+    copy = target.with_name(f'.{number:08x}.tmp') # the same after a restart
     try:
+        copy.unlink(missing_ok=True)
         shutil.copyfile(source, copy)
         with suppress(OSError): shutil.copystat(source, copy)
-        os.replace(copy, target)
-        os.unlink(source)
+        try: return _enter(copy, target, os.link)
+        except OSError: return _enter(copy, target, _rename)
     finally: copy.unlink(missing_ok=True)
+
+def _bring(source, target) -> Path:
+    "Give a file another place beside the one that it has."
+    if not source.is_symlink(): # which may be relative to where it lies
+        with suppress(OSError): return _enter(source, target, os.link)
+    return _copy(source, target) # to another disk, or a file of another owner
 
 def move_image(
     source: Path, # An image
     target: Path, # Where it goes; gets a number where there is a file already
 ) -> Path: # Where it is now
     "Move a file without overwriting another one. Raises `OSError`."
-    target = _free_name(target)
-    try: _bring(source, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = _bring(source, target)
+    try: source.unlink(missing_ok=True)
     except OSError:
-        if source.exists() or not target.stat().st_size: target.unlink()
+        place.unlink()
         raise
-    return target
+    return place
 
 def link_image(
     source: Path, # An image
-    target: Path, # Where the link goes; gets a number where there is a file already
+    target: Path, # Where the link goes; gets a number where there is another file already
 ) -> Path: # Where it is
     "Link to a file without overwriting another one. Raises `OSError`."
-    target = _free_name(target)
-    link = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-    try:
-        os.symlink(source.absolute(), link)
-        os.replace(link, target)
-    except OSError:
-        target.unlink()
-        link.unlink(missing_ok=True)
-        raise
-    return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = str(source.absolute())
+    for place in _names(target):
+        try: os.symlink(path, place)
+        except FileExistsError:
+            if not place.is_symlink() or os.readlink(place) != path: continue
+        return place
 
 # %% ../../nbs/deploy/09_watch.ipynb #d73fb141
 _SAID = 'score', 'relative_score', 'p_value', 'decision'
@@ -343,7 +379,8 @@ class Outlet:
         (folder, image, row), self.unprinted = self.unprinted, None
         self.counts['unreadable' if 'error' in row else 'images'] += 1
         if row['decision'] == 'defective': self._flag(folder, image)
-        self._note(image)
+        if 'error' in row: self.journal.pass_over(image)
+        else: self._note(image)
 
     def _flag(self, folder, image):
         self.counts['flagged'] += 1
@@ -508,8 +545,9 @@ def watch(
 ) -> Counter: # Numbers of images, flagged and unreadable ones
     "Look again and again, until SIGTERM or Ctrl-C. Listing the folder takes at most half of the time."
     inbox, outlet, began = watcher.inbox, watcher.outlet, time.monotonic()
-    if once: inbox.newest = max((image.changed for image in inbox.unknown()), default=0)
-    with ending() as is_over, _without_warnings():
+    with inbox.journal.alone(), ending() as is_over, _without_warnings():
+        note(beginning(watcher))
+        if once: inbox.newest = max((image.changed for image in inbox.unknown()), default=0)
         while not is_over():
             start = time.monotonic()
             watcher.look(is_over)

@@ -15,10 +15,11 @@ from itertools import zip_longest
 from pathlib import Path
 import numpy as np
 from ..config import Config, ConfigError
-from .comparison import asked_columns, column_name, value_at
+from .comparison import asked_columns, column_name
 from .parameters import read_asked, table_records
 from .published import ReportError, published_table
-from .records import RECORD_SCHEMA, is_timing, record_config, record_name, run_key
+from .records import (
+    RECORD_SCHEMA, is_timing, record_config, record_name, run_key, value_at, wrong_fields)
 from .selection import select_pairs, stated_parameters, table_notebooks, table_number
 from .tables import render, write_report
 from .text_against_code import pairs_frame, publish_text_against_code
@@ -72,38 +73,16 @@ class Audit:
     __repr__ = __str__
 
 # %% ../../nbs/lab/15_audit.ipynb #1b2d7173
-_COMMON = {
-    str: 'key method category profile device time '
-         'data.name data.fingerprint textures.name textures.fingerprint '
-         'extractor.name extractor.weights extractor.tag extractor.engine '
-         'versions.cse versions.python versions.torch versions.timm versions.numpy',
-    int: 'seed threads data.train data.test_good data.test_defective',
-    float: 'seconds.total peak_memory_mb',
-    list: 'images labels scores',
-    dict: 'config metrics environment'}
-_RUN = {int: 'training.epochs', list: 'training.history'}
-_TIMING = {str: 'form', list: 'timing.model_ms timing.file_ms'}
-
 def _short(value):
     "A value in a few words."
     text = str(value)
     return text if len(text) < 90 else f'{text[:60]}… ({len(text)} characters)'
 
-def _is_of_type(value, kind):
-    "Is the value of this type? An int is a float, a bool is no number."
-    if isinstance(value, bool): return False
-    return isinstance(value, (int, float) if kind is float else kind)
-
 def _check_fields(record):
     "Fields that are missing or of another type."
     if record.get('schema') != RECORD_SCHEMA:
         yield 'schema', RECORD_SCHEMA, record.get('schema')
-    for kinds in (_COMMON, _TIMING if is_timing(record) else _RUN):
-        for kind, paths in kinds.items():
-            for path in paths.split():
-                value = value_at(record, path)
-                if not _is_of_type(value, kind):
-                    yield path, kind.__name__, _short(value)
+    for path, kind, value in wrong_fields(record): yield path, kind, _short(value)
 
 # %% ../../nbs/lab/15_audit.ipynb #ceaa4ef3
 def identity(
@@ -399,7 +378,7 @@ def _table_files(folder):
     "Name → text of the tables in a folder of results."
     paths = Path(folder).glob('tables/table*')
     return {
-        p.name: p.read_text()
+        p.name: p.read_text(errors='replace')
         for p in paths
         if p.suffix in ('.csv', '.md')
     }
@@ -419,8 +398,13 @@ def _compare_files(made, there):
 
 def _check_shown(notebook, text):
     "Lines of a table that its notebook shows otherwise."
-    for f in compare_lines('', text, _shown_table(notebook)):
-        yield Finding(f'notebooks/{notebook.name}', f'table shown, {f.what}', f.expected, f.found)
+    name = f'notebooks/{notebook.name}'
+    try: shown = _shown_table(notebook)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        yield Finding(name, 'file', 'an executed notebook', f'{type(e).__name__}: {e}')
+        return
+    for f in compare_lines('', text, shown):
+        yield Finding(name, f'table shown, {f.what}', f.expected, f.found)
 
 def check_tables(
     results: str | Path, # Folder of results
@@ -452,7 +436,7 @@ def _is_checked(path, notebooks):
 def _unchecked_files(results) -> Iterator[tuple[str, str]]: # Reason, file
     "Files that hold nothing to be checked."
     notebooks = table_notebooks(results)
-    for path in sorted(p for p in results.rglob('*') if p.is_file()):
+    for path in sorted(p for p in results.rglob('[!.]*') if p.is_file()): # hidden ones hold nothing
         if _is_checked(path, notebooks): continue
         is_picture = path.suffix in _PICTURES
         reason = 'pictures and pages' if is_picture else 'made without records'

@@ -223,7 +223,7 @@ def _success(outcome):
 def _show(outcome):
     "Print what became of a run."
     error = outcome.error
-    if error and not isinstance(error, (ConfigError, DataError)):
+    if error and not type(error).__module__.startswith('cse.'): # which say what is wrong
         traceback.print_exception(error, file=sys.stderr)
     line = _failure(outcome) if error else _success(outcome)
     say(line)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_list', 'as_seeds', 'as_settings', 'as_flag', 'as_methods', 'suited', 'default_categories', 'read_parameters',
-           'read_asked', 'note_asked', 'table_records', 'Plan', 'plan_table', 'run_table']
+           'read_asked', 'join_asked', 'note_asked', 'table_records', 'Plan', 'plan_table', 'run_table']
 
 # %% ../../nbs/lab/07_parameters.ipynb #271eb6e2
 import inspect, json, tempfile
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 from ..config import Config, ConfigError, fingerprint, from_profile
 from ..data.builtin import SURFACES, TEXTILES
-from ..data.files import as_path, replacing
+from ..data.files import as_path, locked, replacing
 from ..data.folders import categories as category_names
 from ..extensions.hybrid import HybridConfig
 from ..baselines.features import UnsuitableError
 from ..baselines.registry import BASELINES, baseline_config
 from .grid import check_grid, grid
-from .records import is_timing, load_records, method_config, record_config
+from .records import (
+    is_timing, load_records, method_config, record_config, reference_folder)
 from .runs import METHODS, NO_TEXTURES, data_name, variant
 from .scheduling import say
 
@@ -173,6 +174,18 @@ def read_parameters(
     return found
 
 # %% ../../nbs/lab/07_parameters.ipynb #a7000005
+_LISTED = 'methods', 'categories', 'seeds'
+_KINDS = dict.fromkeys(('profile', 'textures', 'data'), str) | dict(settings=dict)
+_KINDS |= dict.fromkeys(_LISTED, list)
+
+def _checked_entry(entry):
+    "What a table was asked for. Raises `ValueError` if it is damaged."
+    for name, kind in _KINDS.items():
+        value = entry.get(name)
+        if not isinstance(value, kind): raise ValueError(f'{name}={value!r}, expected {kind.__name__}')
+    from_profile(entry['profile'], HybridConfig, **entry['settings'])
+    return entry
+
 def read_asked(
     results: str | Path, # Folder of results
 ) -> dict[int, dict]: # Number of a table → what was asked for
@@ -180,18 +193,27 @@ def read_asked(
     file = Path(results)/'asked.json'
     if not file.exists(): return {}
     try:
-        return {int(table): dict(entry) for table, entry in json.loads(file.read_text()).items()}
+        return {int(table): _checked_entry(entry) for table, entry in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as e:
         raise ConfigError(
             f'{file}: is damaged ({e}); expected JSON with an entry a table; '
             'delete it, or use another folder of results') from e
 
-_LISTED = 'methods', 'categories', 'seeds'
+def join_asked(
+    results: str | Path, # Folder of results
+    table: int, # Number in the paper
+    new: dict, # profile, settings, textures, data, methods, categories, seeds
+) -> dict[int, dict]: # Number of a table → what is asked for
+    "What a folder is asked for with another call. Raises `ConfigError` for other settings or data."
+    asked, file = read_asked(results), Path(results)/'asked.json'
+    if Path(results).resolve().is_relative_to(reference_folder().resolve()):
+        raise ConfigError(f'{results}: is the reference; expected a folder of runs')
+    return asked | {table: _joined(asked.get(table, {}), new, file)}
 
 def _joined(old, new, file):
-    "The entry of a table after another call. Raises `ConfigError` for other settings or data."
-    for name in new.keys() - {*_LISTED}:
-        if old.get(name, new[name]) == new[name]: continue
+    "The entry of a table after another call."
+    for name in new:
+        if name in _LISTED or old.get(name, new[name]) == new[name]: continue
         raise ConfigError(
             f'{file}: this folder holds runs with {name}={old[name]!r}, '
             f'not {new[name]!r}; expected another folder of results')
@@ -204,9 +226,9 @@ def note_asked(
     **new: object, # profile, settings, textures, data, methods, categories, seeds
 ) -> None:
     "Keep what a folder is asked for. Raises `ConfigError` for other settings or data than before."
-    asked, file = read_asked(results), Path(results)/'asked.json'
-    asked[table] = _joined(asked.get(table, {}), new, file)
-    with replacing(file) as temporary:
+    file = Path(results)/'asked.json'
+    with locked(file), replacing(file) as temporary:
+        asked = join_asked(results, table, new)
         temporary.write_text(json.dumps(dict(sorted(asked.items())), indent=1) + '\n')
 
 # %% ../../nbs/lab/07_parameters.ipynb #a7000008
@@ -294,6 +316,14 @@ def _check_categories(names, data):
             'not both in one table')
 
 # %% ../../nbs/lab/07_parameters.ipynb #a7000009
+def _check_weights(config):
+    "Refuse a file of weights that is not there. Raises `ConfigError`."
+    places = 'timm', 'packaged', 'random'
+    if config.weights in places or Path(config.weights).is_file(): return
+    raise ConfigError(
+        f'weights={config.weights!r}: no such file; '
+        f'expected {", ".join(places)} or the path of a file')
+
 class Plan(NamedTuple):
     "The runs that a table asks for."
     config: Config # Settings of all runs
@@ -323,6 +353,7 @@ def plan_table(
     chosen = as_methods(methods, table)
     kind = HybridConfig if 'hybrid' in chosen else Config
     config = from_profile(profile, kind, device=device, **own)
+    _check_weights(config)
     names = as_list(categories, 'categories')
     names = names or default_categories(data, table, config)
     if 'all' in as_list(methods, 'methods'):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECORD_SCHEMA', 'record_name', 'used_settings', 'method_config', 'is_timing', 'record_config', 'by_content',
-           'run_key', 'write_record', 'RecordError', 'read_record', 'write_packed', 'read_packed', 'named_records',
-           'reference_folder', 'load_records']
+           'run_key', 'write_record', 'value_at', 'wrong_fields', 'RecordError', 'read_record', 'write_packed',
+           'read_packed', 'named_records', 'reference_folder', 'load_records']
 
 # %% ../../nbs/lab/04_records.ipynb #3424b2ec
 import gzip, hashlib, inspect, json, zlib
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from ..baselines.registry import BASELINES, baseline_class
@@ -102,6 +103,45 @@ def write_record(
         temporary.write_text(text)
     return record
 
+# %% ../../nbs/lab/04_records.ipynb #f1e1d002
+def value_at(
+    record: dict, # Record of a run
+    path: str, # Keys separated by dots
+): # The value; None where there is none
+    "The value at a path, such as `data.name`."
+    value = record
+    for key in path.split('.'):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+# %% ../../nbs/lab/04_records.ipynb #f1e1d005
+_COMMON = {
+    str: 'key method category profile device time '
+         'data.name data.fingerprint textures.name textures.fingerprint '
+         'extractor.name extractor.weights extractor.tag extractor.engine '
+         'versions.cse versions.python versions.torch versions.timm versions.numpy',
+    int: 'seed threads data.train data.test_good data.test_defective',
+    float: 'seconds.total peak_memory_mb',
+    list: 'images labels scores',
+    dict: 'config metrics environment'}
+_RUN = {int: 'training.epochs', list: 'training.history'}
+_TIMING = {str: 'form', list: 'timing.model_ms timing.file_ms'}
+
+def _is_of_type(value, kind):
+    "Is the value of this type? An int is a float, a bool is no number."
+    if isinstance(value, bool): return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+def wrong_fields(
+    record: dict, # Of a run or a timing
+) -> Iterator[tuple[str, str, object]]: # Path, type that is expected, value
+    "Fields that are missing or of another type."
+    for kinds in (_COMMON, _TIMING if is_timing(record) else _RUN):
+        for kind, paths in kinds.items():
+            for path in paths.split():
+                value = value_at(record, path)
+                if not _is_of_type(value, kind): yield path, kind.__name__, value
+
 # %% ../../nbs/lab/04_records.ipynb #9e2d304c
 class RecordError(ConfigError):
     "A record that is damaged or of another schema."
@@ -114,6 +154,17 @@ def _checked(record, where):
     raise RecordError(
         f'{where}: expected a record of schema {RECORD_SCHEMA}; '
         f'{_REMEDY}')
+
+_NEEDED = set('key method category profile time seed config metrics environment labels scores seconds.total '
+              'data.name data.fingerprint data.test_good data.test_defective textures.name '
+              'textures.fingerprint'.split()) # a method of one's own may lack the others
+
+def _complete(record, where):
+    "Refuse a record that lacks what tables are made from."
+    for path, kind, value in wrong_fields(record):
+        if path in _NEEDED:
+            raise RecordError(f'{where}: {path}={value!r:.60}, expected {kind}; {_REMEDY}')
+    return record
 
 def read_record(
     path: str | Path, # File of a record
@@ -163,10 +214,11 @@ def named_records(
     for file in sorted((Path(results)/'records').glob('[!.]*.json*')): # hidden ones are being written
         name = f'records/{file.name}'
         if file.suffix == '.json':
-            found[name] = read_record(file)
+            found[name] = _complete(read_record(file), file)
             continue
-        for record in read_packed(file):
-            found[f'{name}: {record.get("key")}'] = record
+        for number, record in enumerate(read_packed(file), 1):
+            _complete(record, f'{file}, line {number}')
+            found[f'{name}: {record["key"]}'] = record
     return found
 
 def reference_folder() -> Path: # It need not exist outside a checkout

@@ -10,7 +10,7 @@ import json, shutil, sys, tempfile
 from pathlib import Path
 import pandas as pd
 from ..config import ConfigError
-from ..data.files import replacing
+from ..data.files import check_writable, replacing
 from .audit import audit
 from .comparison import column_name, grouped
 from .parameters import read_asked, table_records
@@ -92,7 +92,11 @@ def promote(
     "Make runs the reference for their data and profile. Raises `ConfigError`."
     runs, reference = Path(runs), Path(reference or reference_folder())
     target = reference/runs.resolve().name
+    if target.resolve() == runs.resolve():
+        raise ConfigError(f'{runs}: is the reference; expected a folder of runs')
     _check(runs, target)
+    check_writable(reference)
+    reference.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=reference) as name:
         new = Path(name)/target.name
         new.mkdir()
@@ -156,5 +160,6 @@ def write_readme(
 # %% ../../nbs/lab/23_reference.ipynb #a24c00af
 def main():
     "Promote the folder that the command line names."
-    try: print(promote(*sys.argv[1:2]))
-    except (ConfigError, TypeError) as e: sys.exit(f'error: {e}')
+    if len(sys.argv) != 2: sys.exit('error: expected one folder of runs')
+    try: print(promote(sys.argv[1]))
+    except (ValueError, OSError) as e: sys.exit(f'error: {e}')

@@ -18,11 +18,11 @@ from ..config import ConfigError
 from .comparison import comparison
 from .grid import GridError, known_paces, work
 from .latency import plan_speed, run_speed, timing_key
-from .parameters import plan_table, read_asked, run_table, table_records
+from .parameters import join_asked, plan_table, read_asked, run_table, table_records
 from .published import PUBLISHED
 from .records import is_timing, load_records, reference_folder
 from .reproduction import compare
-from .runs import identify
+from .runs import check_results, identify
 from .scheduling import as_scheduler
 from .tables import caption, publish
 
@@ -95,11 +95,19 @@ def _timing_seconds():
             if is_timing(r): found.setdefault(r['method'], []).append(r['seconds']['total'])
     return {method: float(np.median(some)) for method, some in found.items()}
 
+def _check(number, given, results):
+    "Raise `ConfigError` or `DataError` for what cannot begin, before time is spent."
+    make = plan_speed if number == 3 else plan_table
+    given = dict(table=number) | given
+    join_asked(results, number, make(**_taken(make, given)).asked)
+    check_results(results)
+
 def planned(
     tables: dict[int, dict], # Number → parameters
     results: str | Path, # Folder of results
 ) -> dict[str, float]: # Name of each record → estimated seconds
     "All runs of some tables. A run that two tables share is there once. Raises `ConfigError`, `DataError`."
+    for number, given in tables.items(): _check(number, given, results)
     paces, found = known_paces(results), {}
     for number, given in tables.items():
         if number == 3: found |= _planned_timings(given, _timing_seconds())
@@ -208,7 +216,7 @@ def start_over(
 ):
     "Remove the runs of a folder. Raises `ConfigError` for a folder that holds something else."
     results = Path(results)
-    parts = {'asked.json', 'records', 'tables', 'notebooks', 'pictures', 'evidence'}
+    parts = {'asked.json', '.asked.json.lock', 'records', 'tables', 'notebooks', 'pictures', 'evidence'}
     if results.resolve() in (reference_folder(), *reference_folder().glob('*/')):
         raise ConfigError(f'{results}: is the reference; expected a folder of runs')
     strange = {p.name for p in results.glob('*')} - parts

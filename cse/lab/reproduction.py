@@ -48,12 +48,16 @@ def measured_spread(
     "The spread that was measured for the reference."
     file = Path(reference).parent/'spread.csv'
     if not file.exists(): return Spread()
-    frame = pd.read_csv(file)
     def pooled(varied, by):
         some = frame[frame.varied == varied]
         return some.groupby(by).sd.apply(_root_mean_square).to_dict()
-    usual = [pooled(varied, 'varied')[varied] for varied in ('seed', 'machine')]
-    return Spread(pooled('seed', 'method'), pooled('machine', 'method'), *usual)
+    try:
+        frame = pd.read_csv(file)
+        usual = [pooled(varied, 'varied')[varied] for varied in ('seed', 'machine')]
+        return Spread(pooled('seed', 'method'), pooled('machine', 'method'), *usual)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ConfigError(f'{file}: is damaged ({type(e).__name__}: {e}); '
+                          'expected what `make spread` writes') from e
 
 def pooled_sd(
     cells: list[list[float]], # Values of the seeds of each cell
