@@ -16,7 +16,7 @@
 # make report    results/report/index.html: the reference on one page that needs no network
 # make docs      docs/_build/html/index.html: the site, from the notebooks and their stored outputs; every page is opened in a browser
 #                where Chromium is there
-# make prepare   after editing notebooks: clean them, export cse/, write README.md
+# make prepare   after editing notebooks: clean them, export cse/, write README.md with figures read from results/reference
 # make clean     remove what the above made, results excepted
 PYTHON ?= python3
 VENV ?= .venv
@@ -122,10 +122,7 @@ prepare: $(READY)
 	$(call takes,)
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --RegexRemovePreprocessor.patterns='^\s*#\|\s*hide' \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input --NbConvertApp.output_files_dir=nbs/images \
-	  --output-dir . --output README nbs/index.ipynb
-	sed -i -E 's#\]\(([0-9]|(data|fast|extensions|baselines|deploy|lab|tutorials|tables)/)#](nbs/\1#g; s#\]\(\.\./#](#g' README.md
+	$(BIN)/python docs/readme.py
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist docs/_build .pytest_cache

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 NBS, REFERENCE = ROOT / 'nbs', ROOT / 'results/reference'
 INDEX = NBS / 'index.ipynb'  # whose text is the README
 WINGS = 'data', 'fast', 'extensions', 'baselines', 'deploy', 'lab'
-COPIED = '.png', '.svg', '.csv'
+COPIED = '.png', '.svg', '.csv', '.cff'
 
 
 def source(cell):
@@ -64,7 +64,7 @@ def plain(text):
 def alt_text(cells, number):
     "What stands for the pictures of a cell: the caption below them, or else the last sentence above."
     below = source(cells[number + 1]).strip() if number + 1 < len(cells) else ''
-    if caption := re.fullmatch(r'\*([^*].*)\*', below, re.S): return plain(caption[1])
+    if caption := re.match(r'\*([^*]+)\*(\n\n|$)', below): return plain(caption[1])
     above = [source(c) for c in cells[:number] if c['cell_type'] == 'markdown'][-1]
     return plain(re.split(r'(?<=[.:])\s+', above.strip())[-1]).rstrip(':')
 
@@ -163,7 +163,8 @@ def pages():
 def write(folder):
     "Write pages that have changed, the files they show, and remove what is no longer there."
     texts = pages()
-    files = [p for p in [*REFERENCE.rglob('*'), *(NBS / 'images').iterdir()] if p.suffix in COPIED]
+    beside = [*REFERENCE.rglob('*'), *(NBS / 'images').iterdir(), ROOT / 'CITATION.cff']
+    files = [p for p in beside if p.suffix in COPIED]
     wanted = {folder / p.relative_to(ROOT) for p in [*texts, *files]}
     for old in [p for p in folder.rglob('*') if p.is_file() and p not in wanted]: old.unlink()
     for place, text in texts.items():
