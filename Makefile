@@ -107,7 +107,7 @@ report: $(READY)
 	$(BIN)/python -c 'from cse.lab.report_page import write_page; print(write_page("results/reference", "results/report/index.html"))'
 
 $(VENV)/.docs: $(READY)
-	$(BIN)/python -c 'import sphinx, myst_nb, furo' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -c 'import sphinx, myst_nb, furo, latex2mathml, ziamath' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 docs: export CUDA_VISIBLE_DEVICES :=

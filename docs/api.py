@@ -52,12 +52,18 @@ def parameters(function, comments):
 
 
 def signature(function, name):
-    "How a function is called, on one line or one parameter a line."
-    a = ast.unparse(function.args)
-    plain = ast.parse(f'def f({re.sub("^(self|cls)(, )?", "", a)}): 0').body[0].args
-    for p in [*plain.posonlyargs, *plain.args, *plain.kwonlyargs, plain.vararg, plain.kwarg]:
-        if p: p.annotation = None
-    line = f'{name}({ast.unparse(plain)})'
+    "How a function is called, on one line, or one parameter a line where it is long."
+    a, calls = function.args, []
+    plain = [*a.posonlyargs, *a.args]
+    for p, default in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults):
+        calls.append(p.arg + (f'={ast.unparse(default)}' if default else ''))
+    if a.vararg or a.kwonlyargs: calls.append('*' + (a.vararg.arg if a.vararg else ''))
+    for p, default in zip(a.kwonlyargs, a.kw_defaults):
+        calls.append(p.arg + (f'={ast.unparse(default)}' if default else ''))
+    if a.kwarg: calls.append(f'**{a.kwarg.arg}')
+    if calls and calls[0] in ('self', 'cls'): calls = calls[1:]
+    line = f'{name}({", ".join(calls)})'
+    if len(line) > 88: line = f'{name}(\n    ' + ',\n    '.join(calls) + ',\n)'
     return f'```python\n{line}\n```\n'
 
 
@@ -105,7 +111,8 @@ def module_page(path, name):
     tree, comments = ast.parse(text), comments_of(text)
     parts = [f'---\norphan: true\n---\n\n# {escaped(name)}\n', escaped(ast.get_docstring(tree) or '') + '\n']
     if found := re.search(r'File to edit: (?:\.\./)+(nbs/\S+\.ipynb)', text):
-        parts.append(f'Explained in [{found[1].removeprefix("nbs/")}](../{found[1]}). [All modules](index.md)\n')
+        name = found[1].removeprefix('nbs/')
+        parts.append(f'Explained in [{name}](../{found[1]}). [All modules](index.md)\n')
     for node in tree.body:
         if getattr(node, 'name', '_').startswith('_'): continue
         if isinstance(node, ast.ClassDef): parts += described_class(node, comments)

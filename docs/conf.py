@@ -1,18 +1,21 @@
 "Settings of Sphinx for `make docs`: notebooks with their stored outputs, nothing loaded from a network."
 import re
-from html import escape
+from importlib.util import find_spec
+from pathlib import Path
 
-from docutils.utils.math import MathError
-from docutils.utils.math.latex2mathml import tex2mathml
+import latex2mathml.converter
+from docutils.nodes import SkipNode
 
 project = 'cse'
 author = 'the authors of the cse companion'
 extensions = ['myst_nb']
 html_theme = 'furo'
 html_title = 'cse'
-html_static_path = ['static']
+FONT = Path(find_spec('ziamath').origin).parent / 'fonts/STIXTwoMath-Regular.ttf'  # OFL
+html_static_path = ['static', str(FONT)]
 html_css_files = ['site.css']
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_show_search_summary = False  # summaries are fetched, which a browser refuses for local files
 html_theme_options = dict(navigation_with_keys=True)
@@ -23,6 +26,7 @@ exclude_patterns = []
 
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'  # tables in outputs
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 4
 suppress_warnings = [
@@ -30,32 +34,21 @@ suppress_warnings = [
     'misc.highlighting_failure',  # output that is no Python, shown as it is
 ]
 
-# Formulas become MathML, which browsers draw themselves: no script and no font is loaded.
-UNKNOWN_TO_DOCUTILS = {r'\dots': r'\ldots', r'\Big': '', '…': r'\ldots'}
-
-
+# Formulas become MathML, which browsers draw themselves: no script is loaded, and the font is in the site.
 def mathml(formula, block):
     "A formula as MathML, and the number that it carries."
     number = re.search(r'\\tag\{(.*?)\}', formula)
     formula = re.sub(r'\\tag\{.*?\}', '', formula).strip()
-    for theirs, ours in UNKNOWN_TO_DOCUTILS.items():
-        formula = re.sub(re.escape(theirs) + r'(?![A-Za-z])', lambda _, ours=ours: ours, formula)
-    return tex2mathml(formula, as_block=block), f'({number[1]})' if number else ''
+    drawn = latex2mathml.converter.convert(formula, display='block' if block else 'inline')
+    return drawn, f'({number[1]})' if number else ''
 
 
 def visit_math(writer, node, block=False):
-    "Write a formula; what cannot be read is a warning, and shown as it is."
-    from docutils import nodes
-    from sphinx.util import logging
-    try:
-        drawn, number = mathml(node.astext(), block)
-    except MathError as error:
-        logging.getLogger(__name__).warning('formula %r: %s', node.astext(), error, location=node)
-        drawn, number = f'<code>{escape(node.astext())}</code>', ''
-    if block:
-        drawn = f'<div class="formula"><div>{drawn}</div><span>{number}</span></div>'
+    "Write a formula. One that cannot be read ends the build."
+    drawn, number = mathml(node.astext(), block)
+    if block: drawn = f'<div class="formula"><div>{drawn}</div><span>{number}</span></div>'
     writer.body.append(drawn)
-    raise nodes.SkipNode
+    raise SkipNode
 
 
 def visit_displaymath(writer, node):

@@ -32,8 +32,8 @@ def with_figures(book):
             continue
         outputs = shell.run(source(cell))
         if shell.exc: raise shell.exc
-        if 'figures' in cell['metadata'].get('tags', []): cell = cell | dict(outputs=[shown(o) for o in outputs])
-        cells.append(cell)
+        quotes = 'figures' in cell['metadata'].get('tags', [])
+        cells.append(cell | dict(outputs=[shown(o) for o in outputs]) if quotes else cell)
     return book | dict(cells=cells)
 
 
@@ -51,11 +51,13 @@ def readme(book):
     settings.TagRemovePreprocessor.enabled = True
     settings.TagRemovePreprocessor.remove_input_tags = {'remove_input'}
     resources = dict(output_files_dir=PICTURES, unique_key='README')
-    text, resources = MarkdownExporter(config=settings).from_notebook_node(nbformat.reads(json.dumps(book), 4), resources)
+    notebook = nbformat.reads(json.dumps(book), 4)
+    text, resources = MarkdownExporter(config=settings).from_notebook_node(notebook, resources)
     alts = [alt_text(book['cells'], number) for number, cell in enumerate(book['cells']) if has_picture(cell)]
     text = re.sub(r'!\[\w+\]\(', lambda _: f'![{alts.pop(0)}](', text)
     text = re.sub(r'\]\((?!https?:|#|\.\./|nbs/)', '](nbs/', text).replace('](../', '](')
-    return re.sub(r'[ \t]+$', '', re.sub(r'\n{3,}', '\n\n', text), flags=re.M).strip() + '\n', resources['outputs']
+    text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M))
+    return text.strip() + '\n', resources['outputs']
 
 
 def has_picture(cell):

@@ -131,12 +131,12 @@ def reference_page(folder):
 def start_page():
     "The README, with the contents of the site."
     chapters = [f'nbs/{p.stem}' for p in sorted(NBS.glob('[01]*.ipynb'))]
+    tutorials = [f'nbs/tutorials/{p.stem}' for p in sorted(NBS.glob('tutorials/*.ipynb'), reverse=True)]
     contents = {
         'Start': chapters[:1],
         'The method': chapters[1:11],
         'Tables': ['nbs/tables/index', 'results/reference/README'],
-        'For engineers': [*(f'nbs/tutorials/{p.stem}' for p in sorted(NBS.glob('tutorials/*.ipynb'), reverse=True)),
-                          *chapters[11:]],
+        'For engineers': [*tutorials, *chapters[11:]],
         'Wings': [f'nbs/{wing}/index' for wing in WINGS],
         'Reference': ['api/index', 'CONTRIBUTING', 'CHANGELOG']}
     text = relinked((ROOT / 'README.md').read_text(), ROOT / 'README.md')
@@ -146,7 +146,7 @@ def start_page():
 def pages():
     "Place in the project → text, for every page of the site."
     found = {ROOT / 'index.md': start_page()}
-    for path in sorted(p for p in ROOT.rglob('*.ipynb') if p.is_relative_to(NBS) or p.is_relative_to(REFERENCE)):
+    for path in [*sorted(NBS.rglob('*.ipynb')), *sorted(REFERENCE.rglob('*.ipynb'))]:
         if path != INDEX and '.ipynb_checkpoints' not in path.parts: found[path] = notebook(path)
     for path in [*sorted(REFERENCE.rglob('*.md')), ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']:
         found[path] = markdown(path)
@@ -155,8 +155,8 @@ def pages():
     for wing in WINGS:
         words = ast.get_docstring(ast.parse((ROOT / f'cse/{wing}/__init__.py').read_text()))
         found[NBS / wing / 'index.md'] = wing_page(NBS / wing, wing.capitalize(), words)
-    found[NBS / 'tables/index.md'] = wing_page(
-        NBS / 'tables', 'Table notebooks', 'Each regenerates a table. The outputs here are of runs of seconds.')
+    words = 'Each regenerates a table. The outputs here are of runs of seconds.'
+    found[NBS / 'tables/index.md'] = wing_page(NBS / 'tables', 'Table notebooks', words)
     return found | {ROOT / 'api' / name: text for name, text in api_pages(ROOT).items()}
 
 

@@ -51,7 +51,7 @@ return {
   wide: page.scrollWidth > innerWidth ? `${page.scrollWidth} of ${innerWidth} pixels` : '',
   broken: images.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
   unnamed: images.filter(i => !i.alt.trim() || i.alt.includes('/')).map(i => i.src),
-  raw: [...document.querySelectorAll('article')].flatMap(a => a.innerText.match(/^#\\|.*$|\\$\\$|\\\\(frac|sum)/gm) || []),
+  raw: document.querySelector('article').innerText.match(/^#\\|.*$|\\$\\$|\\\\(frac|sum)|\\|---/gm) || [],
 };'''
 
 
@@ -95,8 +95,8 @@ def test_search_works_on_local_files(browser):
 
 def test_formulas_are_drawn_without_a_script(browser):
     browser.get((SITE / 'nbs/05_losses.html').as_uri())
-    sizes = browser.execute_script(
-        'return [...document.querySelectorAll("math[display=block]")].map(m => m.getBoundingClientRect().height)')
+    blocks = '[...document.querySelectorAll("math[display=block]")]'
+    sizes = browser.execute_script(f'return {blocks}.map(m => m.getBoundingClientRect().height)')
     assert len(sizes) >= 5 and min(sizes) > 15
 
 
