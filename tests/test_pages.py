@@ -102,6 +102,17 @@ def test_sentences_are_short(path):
     assert long == []
 
 
+CAPTION = re.compile(r'^(?:\*(?!\*)([^*]+)\*|(\*\*(?:Table \d|Model|False).*))$', re.M)
+
+
+@pytest.mark.parametrize('path', [*PAGES, *NOTEBOOKS], ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_captions_are_two_sentences(path):
+    "Below a figure in italics, or above a table after its title; the rest unfolds."
+    for figure, table in CAPTION.findall(prose(path)):
+        words = figure or re.sub(r'^\*\*.*?\*\*', '', table)
+        assert len(words.split()) <= 50 and len(re.findall(r'(?<!\bEq)[.!?](?=\s|$)', words)) <= 2, words
+
+
 # --- links
 
 def anchors(text):
