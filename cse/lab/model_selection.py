@@ -555,9 +555,10 @@ def _list_seeds(frame):
 
 def _caption(tested, record):
     "What was measured, on what."
+    seeds = tested.seed.nunique()
     return (
         '**Model selection without the tested surface.** Image AUROC in %: mean ± standard deviation '
-        f'over {tested.seed.nunique()} seeds, on {record["data"]["name"]}. ms is the time of an image '
+        f'over {seeds} seed{"s" * (seeds > 1)}, on {record["data"]["name"]}. ms is the time of an image '
         'from tensor to score, in the fastest run.')
 
 def _facts(evidence, tested, record):

@@ -276,9 +276,10 @@ def text_against_code_plot(
 # %% ../../nbs/lab/12_text_against_code.ipynb #58fae4d4
 def _caption(found):
     "What was compared, on what."
+    seeds = found.seed.nunique()
     return (
         '**Table 6: Text against code.** Image AUROC in points, released code minus text, one choice '
-        f'at a time, on {found.data.iloc[0]}. Mean over surfaces and {found.seed.nunique()} seeds '
+        f'at a time, on {found.data.iloc[0]}. Mean over surfaces and {seeds} seed{"s" * (seeds > 1)} '
         '± 95 % interval over surfaces.')
 
 def _facts(found):
