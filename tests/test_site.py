@@ -47,11 +47,14 @@ def asked_for(browser):
 
 FAULTS = '''
 const images = [...document.images], page = document.documentElement;
+const article = document.querySelector('article'), prose = article.cloneNode(true);
+prose.querySelectorAll('pre, code, math').forEach(part => part.remove());
 return {
   wide: page.scrollWidth > innerWidth ? `${page.scrollWidth} of ${innerWidth} pixels` : '',
   broken: images.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
   unnamed: images.filter(i => !i.alt.trim() || i.alt.includes('/')).map(i => i.src),
-  raw: document.querySelector('article').innerText.match(/^#\\|.*$|\\$\\$|\\\\(frac|sum)|\\|---/gm) || [],
+  directives: article.innerText.match(/^#\\|.*$/gm) || [],
+  raw: prose.textContent.match(/\\$\\$|\\\\(frac|sum)|\\|---/g) || [],
 };'''
 
 
