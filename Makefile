@@ -15,7 +15,9 @@
 #                and the demo page where gradio is installed (extra demo)
 # make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: the reference on one page that needs no network
-# make prepare   after editing notebooks: clean them, export cse/, write README.md
+# make docs      docs/_build/html/index.html: the site, from the notebooks and their stored outputs; every page is opened in a browser
+#                where Chromium is there
+# make prepare   after editing notebooks: clean them, export cse/, write README.md with figures read from results/reference
 # make clean     remove what the above made, results excepted
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,7 +38,7 @@ COMMON := DATA TEXTURES MVTEC DTD CATEGORIES SEEDS DEVICE
 option = $(if $($(2)),$(1) '$($(2))')
 parameter = $(if $($(2)),-p $(1) '$($(2))')
 
-.PHONY: test tables reference text-against-code benchmark false-alarm-rates seed-variance model-selection training-curves spread robustness cluster-test report prepare clean
+.PHONY: test tables reference text-against-code benchmark false-alarm-rates seed-variance model-selection training-curves spread robustness cluster-test report docs prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
@@ -112,14 +114,23 @@ report: $(READY)
 	$(call takes,)
 	$(BIN)/python -c 'from cse.lab.report_page import write_page; print(write_page("results/reference", "results/report/index.html"))'
 
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -c 'import sphinx, myst_nb, furo, latex2mathml, ziamath' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: export CUDA_VISIBLE_DEVICES :=
+docs: $(VENV)/.docs
+	$(call takes,)
+	$(BIN)/python docs/source.py docs/_build/source
+	$(BIN)/sphinx-build -q -W --keep-going -j 2 -c docs docs/_build/source docs/_build/html
+	SITE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_site.py
+	@echo docs/_build/html/index.html
+
 prepare: $(READY)
 	$(call takes,)
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --RegexRemovePreprocessor.patterns='^\s*#\|\s*hide' \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input --NbConvertApp.output_files_dir=nbs/images \
-	  --output-dir . --output README nbs/index.ipynb
-	sed -i -E 's#\]\(([0-9]|(data|fast|extensions|baselines|deploy|lab|tutorials|tables)/)#](nbs/\1#g; s#\]\(\.\./#](#g' README.md
+	$(BIN)/python docs/readme.py
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache
+	rm -rf $(VENV) *.egg-info build dist docs/_build .pytest_cache

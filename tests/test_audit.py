@@ -202,7 +202,7 @@ PLANTED_PAIRS = {
     'a difference shown in a notebook': (
         rewrite('notebooks/table6*.ipynb', 'BGR | +0', 'BGR | +7'),
         'BGR | +7'),
-    'the commit of a caption': (rewrite('tables/table6*.md', 'Code: ', 'Code: 0'), 'Code: 0'),
+    'the commit of a caption': (rewrite('tables/table6*.md', '**Code**: ', '**Code**: 0'), '**Code**: 0'),
     'a missing side': (lambda f: a_side(f).unlink(), 'prototype: cse on wood'),
 }
 

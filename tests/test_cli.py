@@ -193,3 +193,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     done = subprocess.run([sys.executable, '-c', code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, '')
+
+
+def test_info_says_what_a_report_of_a_fault_needs():
+    found = json.loads(run('info', '--json').stdout)
+    assert found['cse'] == cse.__version__ and found['engine'] in ('openvino', 'torch') and found['torch']
+    lines = run('info').stdout.splitlines()
+    assert [line.split(': ')[0] for line in lines] == list(found) and 'cores' in found['cpu']

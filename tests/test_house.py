@@ -49,32 +49,6 @@ def test_nothing_changes_when_cleaned_and_exported(prepared, folder, ending):
     assert [str(p) for p in mine if mine[p] != fresh[p]] == [], 'out of step; run `make prepare`'
 
 
-def test_readme_is_the_index_notebook(tmp_path):
-    options = (r'--RegexRemovePreprocessor.patterns=^\s*#\|\s*hide',
-               '--TagRemovePreprocessor.enabled=True',
-               '--TagRemovePreprocessor.remove_input_tags=remove_input',
-               '--NbConvertApp.output_files_dir=nbs/images', '--output-dir', tmp_path, '--output', 'README')
-    command = BIN / 'jupyter', 'nbconvert', '--to', 'markdown', *options, ROOT / 'nbs/index.ipynb'
-    subprocess.run(command, check=True, capture_output=True)
-    pictures = [p.relative_to(tmp_path) for p in tmp_path.rglob('*.png')]
-    assert pictures and all((tmp_path / p).read_bytes() == (ROOT / p).read_bytes() for p in pictures)
-    wings = 'data|fast|extensions|baselines|deploy|lab|tutorials|tables'
-    page = re.sub(rf'\]\((?=\d|({wings})/)', '](nbs/', (tmp_path / 'README.md').read_text())
-    page = page.replace('](../', '](')  # links as seen from its folder
-    assert page == (ROOT / 'README.md').read_text(), 'out of step; run `make prepare`'
-
-
-@pytest.mark.parametrize('path', [ROOT / 'README.md', *NOTEBOOKS], ids=lambda p: p.stem)
-def test_links_lead_somewhere(path):
-    if path.suffix == '.md':
-        text = path.read_text()
-    else:
-        text = '\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown')
-    links = [link for link in re.findall(r'\]\(([^)\s#]+)', text) if not link.startswith('http')]
-    assert [link for link in links if not (path.parent / link).exists()] == []
-    assert links or path.stem not in ('README', 'index')
-
-
 @pytest.mark.parametrize('path', sorted((ROOT / 'nbs/tables').glob('*.ipynb')), ids=lambda p: p.stem)
 def test_table_notebooks_have_one_cell_of_parameters(path):
     tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]

@@ -19,7 +19,7 @@ from cse.lab.grid import GridError
 from cse.lab.records import load_records
 from cse.lab.parameters import read_parameters, run_table
 from cse.lab.published import ReportError
-from cse.lab.tables import caption, publish
+from cse.lab.tables import facts, publish
 from cse.lab.comparison import check_records
 from conftest import run_notebook
 
@@ -151,7 +151,7 @@ def test_rows_of_the_report(timed, tmp_path):
 def test_report_says_that_weights_are_random(timed):
     random = dict(name='efficientnet_b3.ra2_in1k', weights='random', tag='random', sha256=None)
     records = [r | dict(extractor=r['extractor'] | random) for r in timed[1]]
-    assert 'efficientnet_b3 with **random weights**' in caption(records, 3)
+    assert 'efficientnet_b3 with **random weights**' in facts(records, 3)['Extractor']
     assert 'CSE EfficientNet-b3, fused' in publish(records, 3)
 
 

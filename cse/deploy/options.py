@@ -117,7 +117,8 @@ OTHER_NAMES = dict(
     test='evaluate', eval='evaluate', validate='evaluate',
     predict='score', detect='score', infer='score', inspect='score', classify='score', run='score',
     threshold='calibrate', convert='export', serve='demo', ui='demo', gradio='demo',
-    monitor='watch', config='show-config', settings='show-config', download='data')
+    monitor='watch', config='show-config', settings='show-config', download='data',
+    doctor='info', versions='info', env='info')
 
 def nearest_command(
     name: str, # What was typed

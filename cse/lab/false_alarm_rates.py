@@ -129,10 +129,11 @@ def false_alarms_table(
 
 def _write_rates(frame, results, source, profile, held_out):
     "The table as Markdown and CSV."
+    seeds = len(set(frame.seed))
     words = (
-        f'**False-alarm rates.** Data: {source}. Profile: {profile}. '
-        f'Seeds: {len(set(frame.seed))}. '
-        f'Held out for the calibration: {held_out:.0%} of the training images.')
+        f'**False-alarm rates.** Asked for and measured on the good test images of {source}, mean over '
+        f'{seeds} seed{"s" * (seeds > 1)} of the profile {profile}. '
+        f'{held_out:.0%} of the training images are held out for the calibration.')
     name = f'false-alarm-rates-{source.replace(" ", "-")}-{profile}'
     table = false_alarms_table(frame)
     text = f'{words}\n\n{table}\n'

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np, torch
 from ..config import Config
+from ..deploy.info import cpu_name
 from ..detector import Detector
 from ..extractor import pick_device
 
@@ -61,12 +62,7 @@ def processor(
     device = torch.device(device)
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: lines = []
-    names = [line.split(':')[1] for line in lines if line.startswith('model name')]
-    if names: return names[0].strip()
-    return platform.processor() or platform.machine()
+    return cpu_name()
 
 # %% ../../nbs/lab/03_machine.ipynb #a1e00002
 _UNDECIDED = 'cli.py', '__init__.py', '_modidx.py', 'deploy'

@@ -31,7 +31,7 @@ from .parameters import default_categories
 from .grid import grid
 from .runs import identify
 from .records import by_content, record_name
-from .tables import Markdown, markdown, write_files
+from .tables import Markdown, listed_facts, markdown, marked, write_files
 from .seed_variance import spread_frame
 
 # %% ../../nbs/lab/19_model_selection.ipynb #295ef15c
@@ -511,7 +511,7 @@ def model_selection_table(
     "AUROC in percent, mean and standard deviation over seeds, and ms an image."
     times = _milliseconds(tested)
     cells = times.map(lambda ms: '–' if np.isnan(ms) else f'{ms:.1f}')
-    frame = spread_frame(tested, 'method').assign(ms=cells)
+    frame = marked(spread_frame(tested, 'method')).assign(ms=cells)
     return markdown(frame.rename_axis('method'))
 
 def selected_table(
@@ -553,28 +553,31 @@ def model_selection_plot(
 def _list_seeds(frame):
     return ', '.join(map(str, sorted(set(frame.seed))))
 
-def _caption(evidence, tested, record):
+def _caption(tested, record):
     "What was measured, on what."
-    about = ' '.join(f'{what.title()}: {record[what]["name"]}.'
-                     for what in ('data', 'textures', 'extractor'))
+    seeds = tested.seed.nunique()
+    return (
+        '**Model selection without the tested surface.** Image AUROC in %: mean ± standard deviation '
+        f'over {seeds} seed{"s" * (seeds > 1)}, on {record["data"]["name"]}. ms is the time of an image '
+        'from tensor to score, in the fastest run.')
+
+def _facts(evidence, tested, record):
+    "What the numbers rest on."
     first = tested.groupby('method', sort=False).epochs.first()
     epochs = ', '.join(f'{count} ({method})' for method, count
                        in first.items() if method.startswith('CSE'))
-    return (
-        '**Model selection without the tested surface.** Image AUROC in %, '
-        'mean ± standard deviation over seeds; ms is the time of an image '
-        'from tensor to score in the fastest run. '
-        f'{about} Seeds: {_list_seeds(tested)}. Epochs: {epochs}. '
-        f'Seeds of the evidence: {_list_seeds(evidence)}.')
+    return {what.title(): record[what]['name'] for what in ('data', 'textures', 'extractor')} | {
+        'Seeds': _list_seeds(tested), 'Epochs': epochs, 'Seeds of the evidence': _list_seeds(evidence)}
 
 def _write(evidence, tested, record, results):
     "Markdown, CSV and SVG."
     words = record['data']['name'].lower().split()
     name = '-'.join(['model-selection', *words])
     text = '\n\n'.join((
-        _caption(evidence, tested, record),
+        _caption(tested, record),
         model_selection_table(tested),
         selected_table(tested),
+        listed_facts(_facts(evidence, tested, record)),
         f'![AUROC and time of each method]({name}.svg)\n'))
     plots = {name: model_selection_plot(tested)}
     write_files(Path(results)/'tables'/name, text, tested, plots)

@@ -7,7 +7,7 @@ __all__ = ['NOTEBOOKS', 'check_numbers', 'options_of', 'runs_folder', 'planned',
            'start_over', 'regenerate', 'print_tables']
 
 # %% ../../nbs/lab/22_regenerate.ipynb #554fe593
-import inspect, io, json, shutil, subprocess, sys, threading, time
+import inspect, io, json, re, shutil, subprocess, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -24,7 +24,7 @@ from .records import is_timing, load_records, reference_folder
 from .reproduction import compare
 from .runs import check_results, identify
 from .scheduling import as_scheduler
-from .tables import caption, publish
+from .tables import caption, facts, publish
 
 # %% ../../nbs/lab/22_regenerate.ipynb #54569dc8
 def check_numbers(
@@ -208,7 +208,7 @@ def _made(number, results):
     if not entry: return '', None
     records = table_records(load_records(results), number, entry)
     rows = json.loads(comparison(records, number).to_json(orient='records'))
-    about = dict(table=number, caption=caption(records, number), rows=rows)
+    about = dict(table=number, caption=caption(records, number), facts=facts(records, number), rows=rows)
     return publish(records, number, results), about
 
 def start_over(
@@ -275,7 +275,8 @@ def print_tables(
             if failure: tqdm.write(f'error: table {number}: {failure}', file=sys.stderr)
             failed += [number] * bool(failure)
             if table: found.append(table)
-            if not as_json: tqdm.write(f'{results}/tables/table{number}.md' if notebooks else text)
+            shown = re.sub(r'</?(details|summary)>\n?', '', text) # a terminal does not fold
+            if not as_json: tqdm.write(f'{results}/tables/table{number}.md' if notebooks else shown)
     finally:
         if as_json: print(json.dumps(dict(tables=found, failed=failed)))
     if found and not as_json: print(compare(results))

@@ -19,7 +19,7 @@ from .runs import BUILTIN, BUILTIN_TEXTILES
 from .records import is_timing, load_records, reference_folder
 from .audit import result_folders
 from .parameters import read_asked, table_records
-from .tables import caption
+from .tables import caption, facts
 
 # %% ../../nbs/lab/20_report_page.ipynb #3162c9c7
 def _percent(value):
@@ -292,6 +292,7 @@ def table_view(
         paper_data=paper.data,
         notes=paper.notes,
         caption=_plain(caption(records, table)),
+        facts=[(name, _plain(words)) for name, words in facts(records, table).items()],
         ran=bool(records),
         unit=paper.unit[0].upper() + paper.unit[1:],
         spread=_SPEED_SPREAD if table == 3 else _SPREAD,

@@ -18,7 +18,7 @@ from .grid import GridError
 from .parameters import as_list, as_seeds, as_settings
 from .parameters import default_categories
 from .grid import grid
-from .tables import Markdown, commits, markdown, write_files
+from .tables import Markdown, commits, listed_facts, markdown, write_files
 
 # %% ../../nbs/lab/12_text_against_code.ipynb #6d24deda
 @dataclass(frozen=True)
@@ -276,16 +276,20 @@ def text_against_code_plot(
 # %% ../../nbs/lab/12_text_against_code.ipynb #58fae4d4
 def _caption(found):
     "What was compared, on what."
-    first = found.iloc[0]
-    seeds = ', '.join(map(str, sorted(set(found.seed))))
+    seeds = found.seed.nunique()
     return (
-        '**Table 6: Text against code.** Image AUROC in points: released '
-        'code minus text, one choice at a time; mean over surfaces and '
-        'seeds ± 95 % interval over surfaces. '
-        f'Data: {first.data}. Textures: {first.textures}. '
-        f'Extractor: {first.extractor}. '
-        f'Profile: {first.profile}, {first.epochs} epochs. '
-        f'Seeds: {seeds}. Code: {first.commits or "no commit recorded"}.')
+        '**Table 6: Text against code.** Image AUROC in points, released code minus text, one choice '
+        f'at a time, on {found.data.iloc[0]}. Mean over surfaces and {seeds} seed{"s" * (seeds > 1)} '
+        '± 95 % interval over surfaces.')
+
+def _facts(found):
+    "What the numbers rest on."
+    first = found.iloc[0]
+    return {
+        'Data': first.data, 'Textures': first.textures, 'Extractor': first.extractor,
+        'Profile': f'{first.profile}, {first.epochs} epochs',
+        'Seeds': ', '.join(map(str, sorted(set(found.seed)))),
+        'Code': first.commits or 'no commit recorded'}
 
 def publish_text_against_code(
     found: pd.DataFrame, # The pairs
@@ -294,7 +298,7 @@ def publish_text_against_code(
     "Table 6 as Markdown, CSV and SVG."
     first = found.iloc[0]
     table = text_against_code_table(found)
-    text = Markdown(f'{_caption(found)}\n\n{table}\n')
+    text = Markdown(f'{_caption(found)}\n\n{table}\n\n{listed_facts(_facts(found))}\n')
     if results:
         words = f'{first.data} {first.profile}'.lower().split()
         name = '-'.join(['table6', *words])
