@@ -61,14 +61,15 @@ return {
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(SITE)))
 def test_page(browser, page):
     "No page is wider than its screen, lacks a picture, says an error or asks a network."
-    resize(browser, 1280)
-    browser.get(page.as_uri())
-    for width in WIDTHS:
+    found = {}
+    for width in sorted(WIDTHS, reverse=True):
         resize(browser, width)
-        found = {fault: where for fault, where in browser.execute_script(FAULTS).items() if where}
-        assert not found, f'{width} pixels: {found}'
-    assert [e['message'] for e in browser.get_log('browser') if e['level'] in ('SEVERE', 'WARNING')] == []
-    assert {url.split(':')[0] for url in asked_for(browser)} <= {'file', 'data', 'blob'}
+        if not found: browser.get(page.as_uri())
+        found[f'{width} pixels'] = browser.execute_script(FAULTS)
+    said = [e['message'] for e in browser.get_log('browser') if e['level'] in ('SEVERE', 'WARNING')]
+    kinds = {url.split(':')[0] for url in asked_for(browser)}  # read before anything fails: logs go on
+    assert not any(fault for faults in found.values() for fault in faults.values()), found
+    assert said == [] and kinds <= {'file', 'data', 'blob'}
 
 
 def test_all_kinds_of_pages_are_there():
