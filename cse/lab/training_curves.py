@@ -461,15 +461,16 @@ def _mean_cell(values):
 
 def effects_table(
     found: pd.DataFrame, # Of `run_curves`
+    against: str = UNTRAINED, # A variation
 ) -> Markdown: # A table in Markdown
-    "The untrained distance in percent, and points gained or lost by training."
-    gain = effects(found)
+    "One variation in percent, and the points that each other one gains or loses against it."
+    gain = effects(found, against)
     cells = gain.map('{:+.1f}'.format)
     cells['mean'] = gain.apply(_mean_cell, axis=1)
-    untrained = found[found.variation == UNTRAINED]
-    own = 100 * untrained.groupby('category', sort=False).auroc.mean()
+    base = found[found.kept & (found.variation == against)]
+    own = 100 * base.groupby('category', sort=False).auroc.mean()
     own['mean'] = own.mean()
-    cells.loc[UNTRAINED] = own.map('{:.1f}'.format)
+    cells.loc[against] = own.map('{:.1f}'.format)
     return markdown(cells.rename_axis('what is changed'))
 
 # %% ../../nbs/lab/25_training_curves.ipynb #bea58d63
@@ -547,5 +548,7 @@ def write_curves(
     "The tables as Markdown and CSV."
     text = (f'**Effect of training**, points of image AUROC against the untrained distance. '
             f'Seeds: {found.seed.nunique()}.\n\n{effects_table(found)}\n\n'
+            f'**Against the paper**, points of image AUROC.\n\n'
+            f'{effects_table(found, "as in the paper")}\n\n'
             f'**What foretells it.**\n\n{predictors_table(found)}\n')
     write_files(Path(results)/'tables'/'training-curves', text, found.round(4))
