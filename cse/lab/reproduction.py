@@ -162,7 +162,9 @@ def _auroc_cells(ours, reference, table, spread):
     cells = []
     for method, category in found:
         if (method, category) not in known: continue
-        names = [c for m, c in mine if m == method] if category == 'mean' else [category]
+        names, those = ([c for m, c in records if m == method] for records in (mine, theirs))
+        if category != 'mean': names = [category]
+        elif {*names} != {*those}: continue # means of other categories
         a, b = found[method, category], known[method, category]
         width, seeds = band(
             _deviations_of(reference, method, table, spread),
