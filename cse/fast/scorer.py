@@ -48,6 +48,7 @@ class Scorer:
         self._ready()
         side, name = self.config.crop, f'the scores of {type(self).__name__}'
         image = torch.rand(1, 3, side, side, generator=seeded(0, 'compile'))
+        image[..., side // 2:] = 0 # unusual for any detector: maps of 0 compare nothing
         features, extractor = self.extractor(image), self.extractor.compile()
         if extractor.engine == 'torch': self._head = torch.compile(self.head())
         elif extractor.precision == 'float32': # one network is called once
