@@ -358,7 +358,7 @@ def run_curves(
     known, mark = _read(file), fingerprint(config)
     extractor = FastExtractor.from_config(config)
     groups = list(itertools.product(as_seeds(seeds), names))
-    for seed, category in tqdm(groups, unit='surface', leave=False):
+    for seed, category in tqdm(groups, unit='surface', leave=False, disable=None):
         found, memory = load_category(root, category, config), {}
         opened = cache(partial(Surface, found, extractor, config, textures))
         for name in wanted:
@@ -484,8 +484,8 @@ def training_curves_plot(
     rows = -(-len(categories) // 4)
     columns = min(4, len(categories))
     fig, axes = plt.subplots(
-        rows, columns, figsize=(0.8 + 2.3 * columns, 2.4 * rows),
-        dpi=80, squeeze=False, sharex=True)
+        rows, columns, figsize=(0.8 + 2.3 * columns, 0.8 + 2.2 * rows),
+        dpi=80, squeeze=False, sharex=True, layout='constrained')
     for ax in axes.flat[len(categories):]: ax.axis('off')
     for ax, category in zip(axes.flat, categories):
         some = found[found.category == category]
@@ -500,8 +500,8 @@ def training_curves_plot(
         ax.set_xticks(epochs, epochs, fontsize=7)
     for ax in axes[:, 0]: ax.set_ylabel('image AUROC, %')
     for ax in axes[-1]: ax.set_xlabel('epoch')
-    axes.flat[0].legend(fontsize=6)
-    fig.tight_layout()
+    lines = axes.flat[0].get_legend_handles_labels()
+    fig.legend(*lines, loc='outside lower center', ncols=columns, fontsize=7)
     return fig
 
 # %% ../../nbs/lab/25_training_curves.ipynb #3a52db5b
