@@ -136,8 +136,10 @@ What this project ran, and quotes. Each folder holds
 - `tables`: made from the records,
 - `notebooks`: executed by papermill; those of runs up to 2026-11-22 from the records, without computing anew.
 
-`spread.csv` says how far AUROC is spread between seeds (CSE, seeds 0 to 2, on `surfaces` and two built-in
-textiles), and between machines: the reference, one thread, AVX2 instructions, or PyTorch for OpenVINO.
+`spread.csv` says how far AUROC is spread between seeds (0 to 2), and between machines.
+Table 5, on 2026-11-29: all decoders, as `make spread` measures it, with two threads, one thread,
+SSE4.1 instructions, or PyTorch for OpenVINO. The other tables, on 2026-11-22: CSE on `surfaces` and on
+built-in data, with AVX2 in place of SSE4.1.
 `make spread` measures it anew.
 
 `cse audit results/reference` checks all of it.
