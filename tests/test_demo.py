@@ -2,7 +2,6 @@
 import asyncio
 import json
 import os
-import shutil
 import socket
 import threading
 import xml.etree.ElementTree as ET
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from chromium import chromium
 from cse.cli import app
 from cse.config import Config, ConfigError
 from cse.data.images import read_image, resize_crop
@@ -168,19 +168,8 @@ def test_every_answer_carries_the_policy():
 def browser():
     if not ('ROBUSTNESS_KILLS' in os.environ and find_spec('gradio')):
         pytest.skip("runs in `make robustness` where the extra demo is installed: pip install 'cse[demo]'")
-    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
-    if not (chromium and driver):
-        pytest.skip('needs Chromium and its driver: apt-get install chromium chromium-driver')
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    fake_camera = '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'
-    for argument in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', *fake_camera):
-        options.add_argument(argument)
-    options.set_capability('goog:loggingPrefs', dict(performance='ALL', browser='ALL'))
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+    with chromium('--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream') as browser:
+        yield browser
 
 
 def asked_for(browser):

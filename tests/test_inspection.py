@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from chromium import chromium
 from cse import Config
 from cse.cli import app
 from cse.config import ConfigError
@@ -388,19 +388,8 @@ def test_overlays_replace_overlays_only(detector, images, tmp_path):
 def browser():
     if not CAMPAIGN:
         pytest.skip('a browser opens the report in `make robustness`')
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    driver = shutil.which('chromedriver')
-    if not (chromium and driver):
-        pytest.skip('needs Chromium and its driver: apt-get install chromium chromium-driver')
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'):
-        options.add_argument(argument)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope='module')

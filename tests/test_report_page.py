@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from chromium import chromium
 from cse.lab.parameters import read_asked
 from cse.lab.records import load_records, reference_folder
 from cse.lab.report_page import write_page
@@ -149,23 +150,10 @@ def test_many_records_with_pictures(results, tmp_path):
 def browser():
     if not CAMPAIGN:
         pytest.skip('a browser opens the page in `make robustness`')
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    driver = shutil.which('chromedriver')
-    if not (chromium and driver):
-        pytest.skip('needs Chromium and its driver: apt-get install chromium chromium-driver')
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-            '--headless=new', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
-            '--disable-background-networking', '--disable-dev-shm-usage'):
-        options.add_argument(argument)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    browser.set_window_size(1280, 1000)
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    yield browser
-    browser.quit()
+    with chromium('--hide-scrollbars') as browser:
+        browser.set_window_size(1280, 1000)
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        yield browser
 
 
 def wait(browser, script, seconds=60):

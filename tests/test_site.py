@@ -2,11 +2,12 @@
 import json
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
+
+from chromium import chromium
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / 'docs/_build/html'
@@ -18,20 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def browser():
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    driver = shutil.which('chromedriver')
-    if not (chromium and driver):
-        pytest.skip('needs Chromium and its driver: apt-get install chromium chromium-driver')
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-background-networking',
-                     '--disable-dev-shm-usage'):
-        options.add_argument(argument)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+    with chromium() as browser:
+        yield browser
 
 
 def resize(browser, width):

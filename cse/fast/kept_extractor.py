@@ -6,7 +6,7 @@
 __all__ = ['kept_file', 'KeptExtractor']
 
 # %% ../../nbs/fast/03_kept_extractor.ipynb #4e970003
-import hashlib, json
+import json
 from contextlib import suppress
 from functools import cached_property, partial
 from importlib import metadata
@@ -16,13 +16,11 @@ import torch
 from ..config import Config, digest
 from ..data.files import cache_folder, replacing
 from ..data.forks import between_forks
-from ..extractor import FeatureExtractor, _packaged_file
+from ..extractor import FeatureExtractor, _packaged_file, _sha256
 from .openvino import compiling, openvino_core
 from .engines import FastExtractor, Network, network_file
 
 # %% ../../nbs/fast/03_kept_extractor.ipynb #4e970005
-def _sha256(path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
 def kept_file(
     config: Config, # Extractor, weights, device, precision and engine
     layers: tuple[int, ...], # Which feature maps

@@ -21,13 +21,14 @@ import torch
 from scipy import stats
 from torch import nn
 from tqdm import tqdm
-from ..config import Config, ConfigError, fingerprint, from_profile
-from ..data.folders import Category, load_category
+from ..config import Config, ConfigError, digest, from_profile
+from ..data.files import replacing
+from ..data.folders import Category
 from ..data.images import Images
 from ..data.seeds import seeded
 from ..scoring import MemoryBank
 from ..training import Callback, make_decoder, make_embedder
-from ..training import prepare_decoder, train, validate
+from ..training import pair_splits, prepare_decoder, train, validate
 from ..metrics import auroc
 from ..fast.cache import FeatureCache
 from ..fast.defects import FastDefectGenerator
@@ -35,11 +36,10 @@ from ..fast.engines import FastExtractor
 from ..fast.model import FastEmbedder
 from ..fast.pairs import CachedPairs
 from ..baselines.features import Distance
-from .model_selection import KINDS, evidence_defects
-from .model_selection import faint, scars, stains
+from .model_selection import KINDS, defects_of, evidence_defects
 from .parameters import as_list, as_seeds, as_settings
 from .parameters import default_categories
-from .runs import resolve_data
+from .runs import identify
 from .tables import Markdown, markdown, write_files
 
 # %% ../../nbs/lab/25_training_curves.ipynb #a4bfbf3c
@@ -99,11 +99,7 @@ class OtherDefects:
         generators: list, # N generators
     ) -> tuple: # Defective images; no masks and no kinds
         "A defect for each image."
-        if self.kind == 'faint':
-            return faint(images, generators, self.defects), None, None
-        draws = [torch.rand(8, generator=g) for g in generators]
-        make = dict(scars=scars, stains=stains)[self.kind]
-        return make(images, torch.stack(draws).to(images)), None, None
+        return defects_of(self.kind, images, generators, self.defects), None, None
 
 # %% ../../nbs/lab/25_training_curves.ipynb #4fc00135
 def _stacked(extractor, batches):
@@ -251,6 +247,16 @@ class CurveCallback(Callback):
         self.rows.append(row)
 
 # %% ../../nbs/lab/25_training_curves.ipynb #d0741e7f
+def _networks(pairs):
+    "Embedder and decoder of a training run, untrained."
+    config, seed, device = pairs.config, pairs.seed, pairs.extractor.device
+    channels = pairs.cache.channels
+    network = make_embedder(channels, config, seed, FastEmbedder).to(device)
+    decoder = make_decoder(channels, config, seed)
+    if decoder is not None:
+        decoder.to(device, memory_format=torch.channels_last)
+    return network, prepare_decoder(decoder, network, pairs, config)
+
 def training_curve(
     surface: Surface,
     config: Config, # Every setting
@@ -266,13 +272,7 @@ def training_curve(
         surface.cache, surface.extractor,
         surface.defects(config, kind), config, seed,
         memory={} if memory is None else memory)
-    device, channels = surface.extractor.device, surface.cache.channels
-    network = make_embedder(channels, config, seed, FastEmbedder)
-    decoder = make_decoder(channels, config, seed)
-    network.to(device)
-    if decoder is not None:
-        decoder.to(device, memory_format=torch.channels_last)
-    decoder = prepare_decoder(decoder, network, pairs, config)
+    network, decoder = _networks(pairs)
     curve = CurveCallback(surface, pairs, seed)
     history = train(network, decoder, pairs, config, [curve])
     best = history.epochs[history.best]
@@ -286,14 +286,13 @@ def untrained_curve(
     seed: int = 0, # Seed of the run
 ) -> list[dict]: # One row
     "The largest distance of a raw feature to its mean, on the same images."
-    features = surface.cache.features
+    device = surface.extractor.device
+    features = [f.to(device) for f in surface.cache.features]
     head = Distance([f.mean(0, keepdim=True) for f in features]).eval()
     def scores(maps):
         parts = zip(*(m.split(32) for m in maps))
-        return torch.cat([head(*p)[0] for p in parts]).numpy()
-    pairs = RememberedPairs(
-        surface.cache, surface.extractor, None, config, seed, memory={})
-    held_out = pairs.validation_indices[0]
+        return torch.cat([head(*p)[0] for p in parts]).cpu().numpy()
+    held_out = pair_splits(len(surface.cache), config, seed)[2]
     good = scores([f[held_out] for f in features])
     found = float(auroc(surface.category.labels, scores(surface.test)))
     row = dict(epoch=0, kept=True, auroc=found)
@@ -302,18 +301,12 @@ def untrained_curve(
     return [row]
 
 # %% ../../nbs/lab/25_training_curves.ipynb #c89f08fc
-def _read(file):
-    "Curves that are finished."
-    if not file.exists(): return {}
-    lines = map(json.loads, file.read_text(encoding='utf-8').splitlines())
-    return {tuple(line['key']): line['rows'] for line in lines}
-
-def _kept(file, known, key, make):
-    "The rows of a curve: from the file, or made and written there."
-    if key in known: return known[key]
+def _kept(folder, key, make):
+    "The rows of a curve: from its file, or made and written there."
+    path = Path(folder)/'curves'/f'{digest(key, 24)}.json'
+    if path.exists(): return json.loads(path.read_bytes())
     rows = make()
-    with file.open('a', encoding='utf-8') as f:
-        f.write(json.dumps(dict(key=key, rows=rows)) + '\n')
+    with replacing(path) as file: file.write_text(json.dumps(rows))
     return rows
 
 def _curve(name, opened, config, seed, memory):
@@ -331,7 +324,7 @@ def _frame(curves):
     names = 'variation', 'category', 'seed'
     return pd.DataFrame([
         dict(zip(names, key)) | row
-        for (*key, _), rows in curves.items() for row in rows])
+        for key, rows in curves.items() for row in rows])
 
 def run_curves(
     data: str = '', # Empty: built-in data
@@ -351,20 +344,16 @@ def run_curves(
     wanted = [UNTRAINED, *as_variations(variations)]
     names = as_list(categories, 'categories')
     names = names or default_categories(data, 1, config)
-    root, _ = resolve_data(data, names)
-    folder = Path(results or tempfile.mkdtemp(prefix='cse-results-'))
-    folder.mkdir(parents=True, exist_ok=True)
-    file, curves = folder/'curves.jsonl', {}
-    known, mark = _read(file), fingerprint(config)
-    extractor = FastExtractor.from_config(config)
+    folder = results or tempfile.mkdtemp(prefix='cse-results-')
+    extractor, curves = FastExtractor.from_config(config), {}
     groups = list(itertools.product(as_seeds(seeds), names))
     for seed, category in tqdm(groups, unit='surface', leave=False, disable=None):
-        found, memory = load_category(root, category, config), {}
-        opened = cache(partial(Surface, found, extractor, config, textures))
+        known = identify(config, data, category, 'cse', seed, textures or None)
+        opened = cache(partial(Surface, known.category, extractor, config, textures))
+        memory = {}
         for name in wanted:
-            key = name, category, seed, mark
             make = partial(_curve, name, opened, config, seed, memory)
-            curves[key] = _kept(file, known, key, make)
+            curves[name, category, seed] = _kept(folder, [name, known.key], make)
     return _frame(curves)
 
 # %% ../../nbs/lab/25_training_curves.ipynb #a957b9c2
@@ -409,11 +398,7 @@ def movement_plot(
     "Embeddings of good, synthetic and defective images at some epochs."
     pairs = CachedPairs(
         surface.cache, surface.extractor, surface.defects(config), config, seed)
-    network = make_embedder(surface.cache.channels, config, seed, FastEmbedder)
-    network.to(surface.extractor.device)
-    decoder = make_decoder(surface.cache.channels, config, seed)
-    if decoder is not None: decoder.to(surface.extractor.device)
-    decoder = prepare_decoder(decoder, network, pairs, config)
+    network, decoder = _networks(pairs)
     held_out = pairs.validation_indices[0]
     made = surface.defective(held_out, config, seed)
     bad = torch.as_tensor(surface.category.labels == 1)
