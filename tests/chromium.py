@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import pytest
 
 ALWAYS = (
-    '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-dev-shm-usage')
+    '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-background-networking',
+    '--disable-dev-shm-usage')
 
 
 @contextmanager
