@@ -44,7 +44,7 @@ class Embedder(nn.Module):
             block(total, half), block(half, quarter), block(quarter, dim))
 
     def forward(self,
-        features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
+        features: list[torch.Tensor], # A map per layer, N×C×H×W, finest first
     ) -> tuple[torch.Tensor, torch.Tensor]: # u: N×dim×H×W; z: N×dim×H/2×W/2
         size = features[0].shape[2:]
         joined = torch.cat([resize_map(f, size) for f in features], 1)
@@ -58,7 +58,7 @@ def _branch(dim: int, channels: int, level: int) -> nn.Sequential:
     return nn.Sequential(block(dim, channels // 2), *pool, block(channels // 2, channels))
 
 class Decoder(nn.Module):
-    "From the embedding u to a reconstruction of each feature map (§3.4, Figure 4)."
+    "From u to a reconstruction of each feature map (§3.4, Figure 4)."
     def __init__(self,
         channels: list[int], # Channels of each feature map, finest first
         dim: int = 64, # Channels of the embedding
@@ -69,15 +69,15 @@ class Decoder(nn.Module):
 
     def forward(self,
         u: torch.Tensor, # N×dim×H×W
-    ) -> list[torch.Tensor]: # A map a layer, N×C×H×W, then half the size for each further layer
+    ) -> list[torch.Tensor]: # A map per layer, N×C×H×W, then half the size for each further layer
         return [branch(u) for branch in self.branches]
 
 # %% ../nbs/04_model.ipynb #db3bd682
 def freeze(
     decoder: Decoder, # Any decoder
-    how: str = 'gradients', # Or 'optimiser', to leave it as it is
-) -> Decoder: # The same
-    "Keep a decoder fixed; it goes on using batch statistics (§3.4)."
+    how: str = 'gradients', # Or 'optimiser': unchanged, only left out of the optimiser
+) -> Decoder: # The same decoder
+    "Keep a decoder fixed; it still uses batch statistics (§3.4)."
     if how not in ('gradients', 'optimiser'):
         raise ConfigError(
             f"decoder_freeze={how!r}: expected 'gradients' or 'optimiser'")
