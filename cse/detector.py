@@ -157,7 +157,7 @@ def member_tensors(name: str, embedder: Embedder, bank: MemoryBank) -> dict[str,
 
 # %% ../nbs/08_detector.ipynb #b0c1d2e5
 def member_from(
-    tensors: dict, # Of a saved detector
+    tensors: dict, # Tensors of a saved detector
     name: str, # Mark in the names of the tensors of this member
     detector: Detector, # Its configuration and extractor are used
 ) -> tuple[Embedder, MemoryBank]:
