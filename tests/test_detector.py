@@ -266,7 +266,7 @@ def test_images_that_took_part_in_fitting_are_known(detector, saved, category, g
     for path in good[:3]:
         shutil.copy(path, tmp_path / 'wood/test/good' / f'again-{path.name}')
     done = run('evaluate', saved, tmp_path / 'wood', '--json', '-q')
-    assert json.loads(done.stdout)['took_part'] == 3 and 'the figures flatter' in done.stderr
+    assert json.loads(done.stdout)['took_part'] == 3 and 'the figures are too good' in done.stderr
 
 
 # --- interrupted trainings
@@ -698,7 +698,7 @@ def test_who_asks_for_decisions_without_a_calibration_is_refused(plain, good, tm
     silent = run('score', model, good[0], '-q')
     assert 'not calibrated' in asked.stderr and not silent.stderr
     assert asked.exit_code == 2 and silent.exit_code == 0
-    assert silent.stdout.endswith('1 image scored; no verdicts without a calibration, see `cse calibrate`\n')
+    assert silent.stdout.endswith('1 image scored; no verdicts without a threshold, run `cse calibrate`\n')
     for option in ('--html', '--overlays'):
         drawn = run('score', model, good[0], option, tmp_path / 'new')
         assert drawn.exit_code == 2 and f'{option}: this detector is not calibrated' in drawn.stderr
@@ -780,7 +780,7 @@ def test_images_and_detectors_are_not_written_over(wood, saved, tmp_path):
     image.parent.mkdir()
     shutil.copy(next((wood / 'test/good').iterdir()), image)
     cases = (('--csv', image, 'is one of the images'),
-             ('--csv', model / 'model.json', 'lies in the detector'),
+             ('--csv', model / 'model.json', 'lies in the folder of the detector'),
              ('--overlays', image.parent, 'another one'))
     for option, place, words in cases:
         done = run('score', model, image, option, place, '-q')

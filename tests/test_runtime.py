@@ -173,7 +173,7 @@ def test_a_network_that_cannot_be_converted_leaves_a_warning(saved, tmp_path, mo
     monkeypatch.setattr('cse.fast.engines.convert_openvino', fail)
     with caplog.at_level(logging.WARNING):
         assert not save_runtime(detector, copy)
-    assert 'has no compiled form, PyTorch will score (No conversion rule found)' in caplog.text
+    assert 'has no compiled form, so PyTorch will score (No conversion rule found)' in caplog.text
     assert not (copy / NETWORK).exists()
 
 
