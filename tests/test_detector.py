@@ -163,7 +163,7 @@ def test_arrays_that_are_no_images_are_refused(bad, words):
 def test_nearly_black_images_are_told(good, caplog):
     dark = [np.asarray(Image.open(g).convert('L')).astype(np.uint16) * 16 for g in good[:6]]  # 12 bits in 16
     CSE(Config.smoke(**TINY)).fit([Image.fromarray(d) for d in dark], progress=False)
-    assert 'nearly black, no value is above 0.0' in caplog.text
+    assert 'no value is above 0.0' in caplog.text
 
 
 # --- fitting
@@ -424,7 +424,7 @@ def test_tensors_of_a_saved_detector_are_what_was_fitted(saved):
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(schema=5), 'a newer one wrote it'), (dict(schema=True), 'reads 1 to'),
+    (dict(schema=5), 'a newer version wrote it'), (dict(schema=True), 'reads 1 to'),
     (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'),
     (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed'),
     (dict(schema=1), 'was changed'), ({'class': 'HybridCSE'}, 'was changed')])
@@ -457,7 +457,7 @@ def test_what_is_no_saved_detector_is_refused(saved, tmp_path):
         HybridCSE.load(saved)
     (tmp_path / 'model.json').write_text('[' * 10**5)
     (tmp_path / 'model.safetensors').touch()
-    with pytest.raises(ModelError, match='is no JSON'):
+    with pytest.raises(ModelError, match='is not JSON'):
         cse.load(tmp_path)
     (tmp_path / 'model.json').unlink()
     (tmp_path / 'model.json').mkdir()
