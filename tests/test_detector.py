@@ -347,7 +347,7 @@ def test_training_of_other_images_is_not_taken_up(good, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match='training.pt: belongs to a training'):
             fit(**other)
     (tmp_path / 'training.pt').write_bytes(b'nothing of the kind')
-    with pytest.raises(RuntimeError, match='delete it to start anew'):
+    with pytest.raises(RuntimeError, match='delete it to start again'):
         fit()
 
 
