@@ -278,7 +278,7 @@ def _read_mask(path, image, config):
     return marks, [note for note, applies in told.items() if applies]
 
 def _prepare_mask(mask, image, config, told):
-    "What a mask or a folder of masks marks, crop×crop; notes are added to `told`."
+    "The marks of a mask or a folder of masks, crop×crop; notes are added to `told`."
     joined = None
     for path in _files(mask):
         marks, notes = _read_mask(path, image, config)

@@ -136,7 +136,7 @@ def usable(
 def check_free(
     folder: Path, # Where a detector will be saved
     force: bool = False, # May it replace another one?
-    resumed: bool = False, # May its training run go on?
+    resumed: bool = False, # May its training run be resumed?
 ):
     "Refuse to replace a detector. Raises `ConfigError`."
     if force or not (folder/'model.json').exists(): return

@@ -147,7 +147,7 @@ def _picture(row, i, scores, scale, config, limits) -> str:
     return f'<script type="text/plain" id="p{i}">{" ".join(both)}</script>\n'
 
 def _shown_paths(paths) -> tuple[str, list[str]]:
-    "The folder that all images lie in, and their paths below it."
+    "The folder that holds all images, and their paths below it."
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     return top, [os.path.relpath(path, top) for path in paths]
 

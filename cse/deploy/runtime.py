@@ -291,7 +291,7 @@ def save_runtime(
 def open_detector(
     folder: str | Path, # Of a saved detector
     device: str = 'auto', # PyTorch computes if it is neither 'auto' nor 'cpu'
-    weights: str = '', # Where the weights lie, if they have moved
+    weights: str = '', # Path of the weights, if they have moved
     bits: int = 0, # Bits in use, where grey files have 16 or 32
 ) -> 'Runtime | Detector':
     "A saved detector, in the form that starts fastest. Raises `ModelError` and `ConfigError`."

@@ -164,7 +164,7 @@ def equalize(images, u, whole=None):
     "Each channel equalized at 256 levels, by the histogram of `whole` if given."
     whole = images if whole is None else whole
     channels = images.shape[0] * images.shape[1]
-    first = 256 * torch.arange(channels, device=images.device) # 256 places a channel
+    first = 256 * torch.arange(channels, device=images.device) # 256 places per channel
     first = first.view(-1, images.shape[1], 1, 1)
 
     def places(images): return (images * 255).round_().add_(first).int()
