@@ -128,9 +128,9 @@ def changed(folder, tmp_path, name, content):
     (ABOUT, None, 'has no compiled form'),
     (ABOUT, b'{}', 'from another detector'),
     (ABOUT, b'[', 'has no compiled form'),
-    (NETWORK, None, 'runtime.xml: is missing or damaged'),
-    (NETWORK, b'<net/>', 'runtime.xml: is missing or damaged'),
-    (WEIGHTS, b'', 'runtime.bin: is missing or damaged')])
+    (NETWORK, None, 'runtime.xml: is missing or damaged, copy it again'),
+    (NETWORK, b'<net/>', 'runtime.xml: is missing or damaged, copy it again'),
+    (WEIGHTS, b'', 'runtime.bin: is missing or damaged, copy it again')])
 def test_where_it_cannot_be_used_pytorch_scores(saved, files, tmp_path, caplog, name, content, why):
     detector, folder = saved
     copy = changed(folder, tmp_path, name, content)

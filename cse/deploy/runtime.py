@@ -113,11 +113,11 @@ def _check_files(folder, about):
     except (OSError, ValueError) as e:
         raise RuntimeUnavailable(f'{folder}: has no compiled form') from e
     if not isinstance(stated, dict) or stated.get('tensors_sha256') != about['tensors_sha256']:
-        raise RuntimeUnavailable(f'{folder/NETWORK}: was made from another detector')
+        raise RuntimeUnavailable(f'{folder/NETWORK}: was made from another detector, copy the folder again')
     for name in (NETWORK, WEIGHTS):
         try: intact = _sha256(folder/name) == stated.get(name)
         except OSError: intact = False
-        if not intact: raise RuntimeUnavailable(f'{folder/name}: is missing or damaged')
+        if not intact: raise RuntimeUnavailable(f'{folder/name}: is missing or damaged, copy it again')
 
 def _own_config(about, bits) -> Config:
     "The settings of a detector of any class that concern its images."
