@@ -126,7 +126,7 @@ def changed(folder, tmp_path, name, content):
 
 @pytest.mark.parametrize('name, content, why', [
     (ABOUT, None, 'has no compiled form'),
-    (ABOUT, b'{}', 'from another detector'),
+    (ABOUT, b'{}', 'from another detector, copy the folder again'),
     (ABOUT, b'[', 'has no compiled form'),
     (NETWORK, None, 'runtime.xml: is missing or damaged, copy it again'),
     (NETWORK, b'<net/>', 'runtime.xml: is missing or damaged, copy it again'),
