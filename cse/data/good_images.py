@@ -138,7 +138,7 @@ def known_images(
 # %% ../../nbs/data/08_good_images.ipynb #3f80c1a1
 def small_pictures(
     images: torch.Tensor, # N×3×H×W, prepared
-) -> torch.Tensor: # N×h×w, grey, about 56 cells a side
+) -> torch.Tensor: # N×h×w, grey, about 56 cells per side
     "Enough of an image to recognise a copy."
     grey = images.mean(1, keepdim=True)
     return F.avg_pool2d(grey, max(1, images.shape[-1] // 56))[:, 0].cpu()

@@ -208,7 +208,7 @@ def labelled_rows(
     calibration: Calibration | None = None, # Of the detector
     scale: Scale | None = None, # Of its decisions
 ) -> list[dict]: # Those of `score_rows`, with the label
-    "One row an image."
+    "One row per image."
     rows = score_rows(scores, calibration, scale)
     for row, label in zip(rows, category.labels):
         row['label'] = 'defective' if label else 'good'

@@ -325,7 +325,7 @@ def _named(rows) -> str:
 
 def fit_lines(
     about: dict, # As `cse fit --json` prints it
-) -> str: # One line a fact
+) -> str: # One line per fact
     "A fit, to be read by people."
     kept, model = about['calibration_images'], shlex.quote(about['model'])
     fitted = f'fitted on {about["images"] or "unknown"} images'

@@ -109,7 +109,7 @@ def overlay_files(
     paths: list[str], # Images
     sources: list[Path], # Given images and folders; subfolders of their common folder are kept
     folder: Path, # Where overlays go
-) -> list[Path]: # One file an image
+) -> list[Path]: # One file per image
     "Where the overlay of each image goes. Raises `ConfigError` where it would replace an image."
     folders = [source if source.is_dir() else source.parent for source in sources]
     top = os.path.commonpath([os.path.abspath(place) for place in folders])
@@ -157,7 +157,7 @@ def save_overlays(
     scores: Any, # As a detector returns them, with coarse maps and paths
     scale: Scale, # Of the detector
     config: Config, # Of the detector
-    files: list[Path], # One an image
+    files: list[Path], # One per image
 ) -> list[str]: # A sentence for each file that could not be written
     "Draw the anomaly map over each image that has a score."
     failed = []
