@@ -161,8 +161,8 @@ Model = Annotated[Path, path_argument('MODEL', 'Folder of a fitted detector.')]
 GoodImages = Annotated[Path, path_argument(
     'FOLDER', 'Folder of images of good parts; its subfolders are searched too.')]
 Category = Annotated[Optional[Path], path_argument(
-    'CATEGORY', 'Folder of a category in MVTec layout, with train/good, test/good and '
-    f'test/<defect>; or {FABRIC}.')]
+    'CATEGORY', 'Folder that holds train/good, test/good and test/<defect>, as in MVTec AD; '
+    f'or {FABRIC}.')]
 GoodTests = Annotated[Optional[list[Path]], path_option(
     '--good', help='Good images, or a folder of them. May be repeated.')]
 BadTests = Annotated[Optional[list[Path]], path_option(
