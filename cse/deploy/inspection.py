@@ -272,7 +272,7 @@ def size_notes(
     odd = [path for path in found if _is_odd(found[path], sizes, config)]
     if not odd: return []
     return [f'{len(odd)} of {counted(len(paths), "image")} differ from those of the fit ({_pixels(sizes)}) '
-            f'by a factor above {FACTOR} in width or height, {odd[0]} first ({_pixels([found[odd[0]]])}): '
+            f'by a factor above {FACTOR} in width or height, such as {odd[0]} ({_pixels([found[odd[0]]])}): '
             'their scores may be unreliable']
 
 # %% ../../nbs/deploy/05_inspection.ipynb #5c0e000a
