@@ -473,9 +473,9 @@ def test_arrays_and_images_in_memory_take_bits_too():
     ('a.png', 'from 0 to 65535; expected 0 to 4095',
      lambda p: Image.fromarray(PIXELS.astype(np.uint16) * 257).save(p)),
     ('a.tif', 'from -3 to', lambda p: tifffile.imwrite(p, PIXELS.astype(np.int16) - 3)),
-    ('a.tif', 'colours of 16 bits', lambda p: tifffile.imwrite(p, RGB.astype(np.uint16))),
-    ('a.png', 'colours of 16 bits', lambda p: p.write_bytes(rgb16())),
-    ('a.ppm', 'colours of 16 bits',
+    ('a.tif', 'colour image with 16 bits', lambda p: tifffile.imwrite(p, RGB.astype(np.uint16))),
+    ('a.png', 'colour image with 16 bits', lambda p: p.write_bytes(rgb16())),
+    ('a.ppm', 'colour image with 16 bits',
      lambda p: p.write_bytes(b'P6\n64 48\n65535\n' + RGB.astype('>u2').tobytes()))])
 def test_values_that_bits_do_not_fit_are_refused(tmp_path, name, words, save):
     save(tmp_path / name)

@@ -237,7 +237,7 @@ def check_outputs(
 ):
     "Refuse to write into the images or the detector, before any work. Raises `ConfigError`."
     if overlays and any(_lies_in(overlays.resolve(), source) for source in sources):
-        raise ConfigError(f'--overlays {overlays}: lies in the folder of images; expected a folder outside')
+        raise ConfigError(f'--overlays {overlays}: lies in the folder that is scored; expected another one')
     files = {'--csv': csv_file, '--html': html}
     images = {Path(path).resolve() for path in paths} if csv_file or html else set()
     for option, file in files.items():
