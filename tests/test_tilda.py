@@ -242,7 +242,7 @@ DAMAGE = {
     ),
     'no folder': (
         shutil.rmtree,
-        ['TILDA', 'no such folder', 'MVTec layout, or a TILDA release'],
+        ['TILDA', 'no such folder', 'train/good and test, or a TILDA release'],
     ),
 }
 
