@@ -61,7 +61,7 @@ def test_copies_across_the_split_are_told(folder, caplog, ending, options):
     told, = warnings_of(lambda: fit(folder, held_out=0.3), caplog)
     found = int(told.split()[0])
     assert f'{found} of 12 calibration images are copies' in told and found >= 8
-    copy, original = re.search(r'(\d\d)\.\w+ of .*?(\d\d)\.\w+ first', told).groups()
+    copy, original = re.search(r'(\d\d)\.\w+ of .*?(\d\d)\.\w+\)', told).groups()
     assert copy == original
 
 

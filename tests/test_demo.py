@@ -134,7 +134,7 @@ def test_places_where_no_page_can_be_served(monkeypatch):
     monkeypatch.setattr(demo, 'find_spec', lambda name: name)
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f'127.0.0.1:{port}: cannot be served at'):
+        with pytest.raises(ConfigError, match=f'127.0.0.1:{port}: the page cannot be served here'):
             demo.check_demo('127.0.0.1', port)
     demo.check_demo('127.0.0.1', port)
     with pytest.raises(ConfigError, match='no.such.host.example'):

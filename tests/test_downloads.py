@@ -186,7 +186,7 @@ def test_an_archive_that_has_arrived_is_only_unpacked(server, tmp_path):
 def test_a_damaged_archive_is_removed(server, tmp_path):
     server.plan['content'] = ARCHIVE[:-1] + b'?'
     _, lines = cse_data('dtd', '--to', tmp_path, status=2)
-    assert 'has the SHA-256' in lines[-1] and lines[-1].endswith('it is removed, try again')
+    assert 'has the SHA-256' in lines[-1] and lines[-1].endswith('the file was removed, try again')
     assert os.listdir(tmp_path) == []
     (tmp_path / 'standin.part').write_bytes(ARCHIVE + b'more')
     assert 'SHA-256' in cse_data('dtd', '--to', tmp_path, status=2)[1][-1]
@@ -286,7 +286,7 @@ def test_a_disk_that_is_full(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, 'disk_usage', lambda folder: usage)
         _, lines = cse_data('dtd', '--to', tmp_path, status=2)
-    assert '10.0kB are free; expected 20.6kB' in lines[-1] and server.asked == []
+    assert 'the disk has 10.0kB free; expected 20.6kB' in lines[-1] and server.asked == []
 
     def full(self, *args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patched:

@@ -340,7 +340,7 @@ def test_a_mask_that_fits_two_images_is_told(category, caplog, second):
     found = load_category(category.parent, 'c')
     assert found.masks[-1] == found.masks[-2]
     line, = caplog.records
-    assert 'masks that fit several images: 1, ' in line.getMessage() and second in line.getMessage()
+    assert '1 masks fit several images, ' in line.getMessage() and second in line.getMessage()
 
 
 LOST = {'vanished': (slice(20, 21), slice(24, 25)), 'cropped': (slice(10, 30), slice(0, 6)),
@@ -473,9 +473,9 @@ def test_arrays_and_images_in_memory_take_bits_too():
     ('a.png', 'from 0 to 65535; expected 0 to 4095',
      lambda p: Image.fromarray(PIXELS.astype(np.uint16) * 257).save(p)),
     ('a.tif', 'from -3 to', lambda p: tifffile.imwrite(p, PIXELS.astype(np.int16) - 3)),
-    ('a.tif', 'colours of 16 bits', lambda p: tifffile.imwrite(p, RGB.astype(np.uint16))),
-    ('a.png', 'colours of 16 bits', lambda p: p.write_bytes(rgb16())),
-    ('a.ppm', 'colours of 16 bits',
+    ('a.tif', 'colour image with 16 bits', lambda p: tifffile.imwrite(p, RGB.astype(np.uint16))),
+    ('a.png', 'colour image with 16 bits', lambda p: p.write_bytes(rgb16())),
+    ('a.ppm', 'colour image with 16 bits',
      lambda p: p.write_bytes(b'P6\n64 48\n65535\n' + RGB.astype('>u2').tobytes()))])
 def test_values_that_bits_do_not_fit_are_refused(tmp_path, name, words, save):
     save(tmp_path / name)
@@ -521,7 +521,7 @@ def test_nearly_black_images_are_told_at_scoring(tmp_path, caplog, save):
     save(tmp_path / 'd.tif')
     Brightness().score(tmp_path)
     line = caplog.records[-1].getMessage()
-    assert line.startswith('images: 1 of 4 nearly black') and f'{tmp_path}/d.tif first' in line
+    assert line.startswith('images: 1 of 4 nearly black') and f'such as {tmp_path}/d.tif' in line
     assert '`--bits 12`' in line
     caplog.clear()
     Brightness().score([tmp_path / 'a.png', tmp_path / 'b.png'])

@@ -153,7 +153,7 @@ def test_thousands_of_images_print_twenty():
 @pytest.mark.parametrize('words, expected', [
     (['--csv', '{}/x', '--html', '{}/x'], '--csv and --html: both are'),
     (['--html', '{}/parts/good/1.png'], 'is one of the images'), (['--html', '{}/parts'], 'is a folder'),
-    (['--html', 'model/x.html'], 'lies in the detector'),
+    (['--html', 'model/x.html'], 'lies in the folder of the detector'),
     (['--overlays', '{}/parts/maps'], 'another one'), (['--overlays', '{}'], 'would replace the image')])
 def test_nothing_is_written_over_what_is_there(detector, images, tmp_path, words, expected):
     places = [word.format(tmp_path) for word in words]
@@ -379,7 +379,7 @@ def test_overlays_replace_overlays_only(detector, images, tmp_path):
     run(*command)
     run(*command)
     draw(next((tmp_path / 'maps').rglob('*.png')))
-    assert 'is there already, and no overlay' in run(*command, status=2).stderr
+    assert 'exists and is not an overlay' in run(*command, status=2).stderr
 
 
 # --- in a browser, with `make robustness`

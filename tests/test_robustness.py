@@ -150,7 +150,7 @@ def test_a_full_disk_ends_no_training(caplog):
         state.write(weights=torch.zeros(9))
     assert [r.message for r in caplog.records] == [
         '/dev/full: cannot be written (No space left on device); '
-        'training goes on, but cannot be taken up again from here']
+        'training continues, but cannot be resumed from here']
 
 
 def test_training_that_diverges_names_the_learning_rate():

@@ -126,11 +126,11 @@ def changed(folder, tmp_path, name, content):
 
 @pytest.mark.parametrize('name, content, why', [
     (ABOUT, None, 'has no compiled form'),
-    (ABOUT, b'{}', 'from another detector'),
+    (ABOUT, b'{}', 'from another detector, copy the folder again'),
     (ABOUT, b'[', 'has no compiled form'),
-    (NETWORK, None, 'runtime.xml: is missing or damaged'),
-    (NETWORK, b'<net/>', 'runtime.xml: is missing or damaged'),
-    (WEIGHTS, b'', 'runtime.bin: is missing or damaged')])
+    (NETWORK, None, 'runtime.xml: is missing or damaged, copy it again'),
+    (NETWORK, b'<net/>', 'runtime.xml: is missing or damaged, copy it again'),
+    (WEIGHTS, b'', 'runtime.bin: is missing or damaged, copy it again')])
 def test_where_it_cannot_be_used_pytorch_scores(saved, files, tmp_path, caplog, name, content, why):
     detector, folder = saved
     copy = changed(folder, tmp_path, name, content)
@@ -173,7 +173,7 @@ def test_a_network_that_cannot_be_converted_leaves_a_warning(saved, tmp_path, mo
     monkeypatch.setattr('cse.fast.engines.convert_openvino', fail)
     with caplog.at_level(logging.WARNING):
         assert not save_runtime(detector, copy)
-    assert 'has no compiled form, PyTorch will score (No conversion rule found)' in caplog.text
+    assert 'has no compiled form, so PyTorch will score (No conversion rule found)' in caplog.text
     assert not (copy / NETWORK).exists()
 
 

@@ -230,7 +230,7 @@ DAMAGE = {
     ),
     'an unknown fabric': (
         copy_frame('c9r9e0n1.tif'),
-        ['c9r9e0n1.tif', 'no frame of TILDA', 'c1r1, c1r3'],
+        ['c9r9e0n1.tif', 'not a frame of TILDA', 'c1r1, c1r3'],
     ),
     'an unknown kind': (
         copy_frame('c1r1e8n1.tif'),
@@ -242,7 +242,7 @@ DAMAGE = {
     ),
     'no folder': (
         shutil.rmtree,
-        ['TILDA', 'no such folder', 'MVTec layout, or a TILDA release'],
+        ['TILDA', 'no such folder', 'train/good and test, or a TILDA release'],
     ),
 }
 

@@ -415,7 +415,7 @@ def test_trouble_with_flagged_images_is_told_once(tmp_path, capsys):
     line.look()
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and 'No space left' in told[0] and 'works again' in told[1]
-    assert '3 of them not moved or linked' in summary(line.watcher.outlet.counts, 1)
+    assert '3 flagged ones not moved or linked' in summary(line.watcher.outlet.counts, 1)
 
 
 # --- what goes wrong outside
@@ -543,12 +543,12 @@ def test_places_that_cannot_be_used(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
     (tmp_path / 'table.csv').write_text('path,score\na,1\nb,2\n')
     cases = [(tmp_path / 'no', None, None, DataError, 'no such folder'),
-             (folder, tmp_path / 'file/j', None, ConfigError, 'see --journal'),
-             (folder, folder, None, ConfigError, 'see --journal'),
-             (folder, tmp_path / 'table.csv', None, ConfigError, 'is no journal'),
+             (folder, tmp_path / 'file/j', None, ConfigError, 'with --journal'),
+             (folder, folder, None, ConfigError, 'with --journal'),
+             (folder, tmp_path / 'table.csv', None, ConfigError, 'is not a journal'),
              (folder, None, tmp_path / 'file/x', ConfigError, 'no file can be written'),
-             (folder, None, folder, ConfigError, 'holds the images'),
-             (folder, None, tmp_path, ConfigError, 'holds the images')]
+             (folder, None, folder, ConfigError, 'contains the watched folder'),
+             (folder, None, tmp_path, ConfigError, 'contains the watched folder')]
     for place, journal, flagged, error, words in cases:
         with pytest.raises(error, match=words):
             open_inbox(place, journal, flagged)
@@ -618,10 +618,10 @@ def test_the_command(line, tmp_path, run):
     assert '2 images scored, 1 flagged, 1 unreadable' in done.stderr
     done = run(line.folder, *options, status=1)
     assert json.loads(done.stdout)['path'] == str(line.folder / 'broken.bmp'), 'tried again'
-    assert '1 images could not be read' in done.stderr and '1 images there are done' in done.stderr
+    assert '1 images could not be read' in done.stderr and '1 images are done already' in done.stderr
     (line.folder / 'broken.bmp').unlink()
     done = run(line.folder, *options)
-    assert done.stdout == '' and '1 images there are done' in done.stderr
+    assert done.stdout == '' and '1 images are done already' in done.stderr
     run.detector.calibration = None
     line.write('new.bmp')
     row = json.loads(run(line.folder, *options[:3]).stdout)

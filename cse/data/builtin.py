@@ -72,7 +72,7 @@ def _check_defect(category, defect):
 
 # %% ../../nbs/data/07_builtin.ipynb #0809bc2a
 def _marred(category, defect, seed, index, draw, shoot):
-    "Photographs with a defect; a draw can be too faint to be seen or out of sight."
+    "Photographs with a defect; a drawn defect can be too faint to see, or outside the image."
     size = len(draw().rgb)
     add_defect = DEFECT_DRAWERS[category][defect]
     for attempt in range(100):
@@ -92,7 +92,7 @@ def surface_image(
 ) -> tuple[np.ndarray, np.ndarray]: # uint8 `size`×`size`×3, bool `size`×`size`
     """One image and its mask, the same on every call.
 
-    Raises `ConfigError` for unknown names and impossible numbers."""
+    Raises `ConfigError` for unknown names and numbers out of range."""
     _check_category(category)
     _check_defect(category, defect)
     index = _whole('index', index, 0, 2**63)
@@ -191,14 +191,14 @@ def write_surfaces(
     folder: str | Path, # Where the category folders go; made if it is missing
     categories: str | Sequence[str] = SURFACES, # From `SURFACES` and `TEXTILES`
     seed: int = 0, # Seed of the data set
-    train: int = 60, # Good training images a category
-    good: int = 20, # Good test images a category
-    defective: int = 40, # Defective test images a category, of all its kinds
+    train: int = 60, # Good training images per category
+    good: int = 20, # Good test images per category
+    defective: int = 40, # Defective test images per category, of all its kinds
     progress: bool = False, # Show a bar
 ) -> Path: # The folder
     """Write categories as PNG files in MVTec layout.
 
-    Raises `ConfigError` for impossible values, `FileExistsError` for a foreign folder."""
+    Raises `ConfigError` for values out of range, `FileExistsError` for a folder of other origin."""
     folder = Path(folder)
     if isinstance(categories, str): categories = (categories,)
     names = tuple(categories)
@@ -227,9 +227,9 @@ def write_surfaces(
 def builtin_surfaces(
     categories: str | Sequence[str] = SURFACES, # From `SURFACES` and `TEXTILES`
     seed: int = 0, # Seed of the data set
-    train: int = 60, # Good training images a category
-    good: int = 20, # Good test images a category
-    defective: int = 40, # Defective test images a category
+    train: int = 60, # Good training images per category
+    good: int = 20, # Good test images per category
+    defective: int = 40, # Defective test images per category
     progress: bool = False, # Show a bar
 ) -> Path: # A folder in MVTec layout
     "Built-in categories in the cache folder (`$CSE_CACHE`), written on first use."
@@ -287,7 +287,7 @@ def builtin_textures(
 ) -> np.ndarray: # uint8, count×3×size×size
     """Textures for textural defects without DTD (§3.1): photographs and patterns.
 
-    Raises `ConfigError` for impossible numbers."""
+    Raises `ConfigError` for numbers out of range."""
     size = _whole('size', size, 8, 4096)
     count = _whole('count', count, 1, 100_000)
     seed = _whole('seed', seed, 0, 2**63)

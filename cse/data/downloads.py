@@ -47,7 +47,7 @@ def _check_categories(folder, title, names):
     for name in names:
         found = load_category(folder, name)
         if published_name(found) != title:
-            raise DataError(f'{folder}: holds {found}, other numbers than published')
+            raise DataError(f'{folder}: holds {found}; expected as many as published')
 
 def _check_dtd(folder):
     count = len(image_files(folder/'images'))
@@ -99,7 +99,7 @@ _CHUNK = 1 << 20 # bytes
 
 def _failed(data, reason):
     return DataError(
-        f'{data.url}: {reason}; try again, which goes on from there, '
+        f'{data.url}: {reason}; try again, which resumes the download, '
         f'or download the file by hand from {data.page} and give it with --from'
     )
 
@@ -162,7 +162,7 @@ def download(
     data: PublishedData, # One with an address
     part: Path, # File for the archive; what is in it already is kept
     progress: bool = True, # A bar on standard error
-    tell: Callable[[str], None] = print, # Gets sentences
+    tell: Callable[[str], None] = print, # Receives messages
 ):
     "Download an archive, or the rest of it. Raises `DataError`."
     have = _size(part)
@@ -248,7 +248,7 @@ def unpack(
 
 # %% ../../nbs/data/11_downloads.ipynb #dae2b138
 def _check(data, folder, where):
-    "Raise `DataError` if a folder is not complete; `where` is the name its user knows."
+    "Raise `DataError` if a folder is not complete; `where` is the path that the user knows."
     try: data.check(folder)
     except DataError as e:
         reason = str(e).replace(str(folder), str(where)).removeprefix(f'{where}: ')
@@ -278,7 +278,7 @@ def _check_room(folder, needed):
     if free >= needed: return
     free, needed = (tqdm.format_sizeof(n, 'B') for n in (free, needed))
     raise DataError(
-        f'{folder}: {free} are free; expected {needed} for archive and images'
+        f'{folder}: the disk has {free} free; expected {needed} for archive and images'
     )
 
 def _check_for_make(folder):
@@ -297,7 +297,7 @@ def _download_checked(data, part, progress, tell):
     try: check_hash(part, data)
     except DataError as e:
         part.unlink()
-        raise DataError(f'{e}; it is removed, try again') from e
+        raise DataError(f'{e}; the file was removed, try again') from e
 
 def _bring(data, folder, archive, progress, tell):
     "Unpack an archive, which is downloaded unless there is one."
@@ -322,13 +322,13 @@ def fetch(
     to: str | Path = 'data', # Folder of data sets
     source: str | Path | None = None, # Archive or folder; downloaded if not given
     progress: bool = True, # Bars on standard error
-    tell: Callable[[str], None] = print, # Gets sentences, first licence and size
+    tell: Callable[[str], None] = print, # Receives messages, first licence and size
 ) -> Path: # The folder to use, such as data/dtd/images
     """Get a published data set. One that is there already is only checked.
 
     Raises `DataError`, or `ConfigError` for a folder that takes no files."""
     if name not in PUBLISHED:
-        raise DataError(f'{name}: no data set; expected one of {", ".join(PUBLISHED)}')
+        raise DataError(f'{name}: unknown data set; expected one of {", ".join(PUBLISHED)}')
     data, folder = PUBLISHED[name], Path(to)/PUBLISHED[name].folder
     tell(str(data))
     if source and not Path(source).exists():
@@ -347,10 +347,10 @@ def fetch(
 # %% ../../nbs/data/11_downloads.ipynb #0cac43ac
 def tables_command(
     to: str | Path, # Folder of data sets
-    found: dict[str, Path] | None = None, # Name → folder to use, where it is another
-    tell: Callable[[str], None] = print, # Gets sentences about what is missing
+    found: dict[str, Path] | None = None, # Name → folder to use, if it is another one
+    tell: Callable[[str], None] = print, # Receives messages about missing data
 ) -> str: # For the shell
-    "The `make tables` line for the data sets that are there."
+    "The `make tables` line for the data sets in the folder."
     paths = {}
     for name, data in PUBLISHED.items():
         path = (found or {}).get(name) or Path(to)/data.folder/data.part

@@ -30,19 +30,19 @@ class Category:
     root: Path # Folder in which it was found
     train: list[Path] # Defect-free training images
     test: list[Path] # Test images, good ones first
-    defects: list[str] # 'good' or the kind of defect, one a test image
+    defects: list[str] # 'good' or the kind of defect, one per test image
     masks: list[Path | None] | None # A file or a folder for each test image, None for a good one
-    places: dict[Path, str] | None = None # Where MVTec's layout has each file
+    places: dict[Path, str] | None = None # Path of each file in MVTec's layout
 
     @property
-    def labels(self) -> np.ndarray: # 0 good, 1 defective; one a test image
+    def labels(self) -> np.ndarray: # 0 good, 1 defective; one per test image
         return np.array([int(kind != 'good') for kind in self.defects])
 
     def place(
         self,
         path: Path, # One of its images
     ) -> str: # Relative to the folder of the category
-        "Where MVTec's layout has an image."
+        "Path of an image in MVTec's layout."
         if self.places: return self.places[path]
         return path.relative_to(self.root/self.name).as_posix()
 
@@ -62,7 +62,7 @@ def _test_images(test):
     stray = [path for path in images if path.parent == test]
     if stray:
         raise DataError(
-            f'{stray[0]}: lies in test itself; expected test/good or test/<defect>'
+            f'{stray[0]}: is in no subfolder of test; expected test/good or test/<kind of defect>'
         )
     images.sort(key=lambda path: (kinds[path] != 'good', path))
     defects = [kinds[path] for path in images]
@@ -117,7 +117,7 @@ def _other_mask(image, kind, folder, found):
 
 # %% ../../nbs/data/05_folders.ipynb #3a1a88f8
 def _tell_shared(masks, test):
-    "Say where one mask fits several images."
+    "Warn if one mask fits several images."
     images = defaultdict(list)
     for mask, image in zip(masks, test):
         if mask: images[mask].append(image)
@@ -125,12 +125,12 @@ def _tell_shared(masks, test):
     if not shared: return
     first, second, *_ = images[shared[0]]
     logging.getLogger(__name__).warning(
-        f'masks that fit several images: {len(shared)}, '
-        f'{shared[0]} first, used for {first} and {second}'
+        f'{len(shared)} masks fit several images, '
+        f'such as {shared[0]}, used for {first} and {second}'
     )
 
 def _find_masks(folder, test, defects):
-    "One mask a test image, None for good ones; None if the category has no masks."
+    "One mask per test image, None for good ones; None if the category has no masks."
     truth = folder/'ground_truth'
     if not truth.is_dir(): return None
     masks, found = {}, None
@@ -173,7 +173,7 @@ def _stored(path):
     except Exception: return None # reported when the image itself is read
 
 def _upright(mask, path, image):
-    "A mask as its image is shown, and whether its size leaves that open. Raises `DataError`."
+    "A mask turned as its image is shown, and whether its size fits both ways. Raises `DataError`."
     found = _stored(image)
     if not found: return mask, False
     stored, orientation = found
@@ -199,7 +199,7 @@ def _codes(mask):
     return (red << 32) + (green << 16) + blue
 
 def _is_soft(grey, marked):
-    "Is what is neither background nor white only the edge of something white, or noise?"
+    "Are all pixels that are neither background nor white edges of white, or noise?"
     between = marked & (grey < CORE)
     core = (grey >= CORE).float()
     near = F.max_pool2d(core[None], 2 * EDGE + 1, 1, EDGE)[0] > 0
@@ -208,7 +208,7 @@ def _is_soft(grey, marked):
     return not (between & ~near).any()
 
 def _labelled(mask, grey):
-    "Where a mask has another colour than its background; None if only edges are neither."
+    "Where a mask has another colour than its background; None if all others are white and its edges."
     codes = _codes(mask)
     background = codes[grey == grey.min()].mode().values
     marked = codes != background
@@ -217,7 +217,7 @@ def _labelled(mask, grey):
 # %% ../../nbs/data/05_folders.ipynb #d06456c0
 def _check_background(mask, grey, path):
     low = grey.min()
-    has_other = low < CORE or mask.min() <= 0.5 # than noise in white
+    has_other = low < CORE or mask.min() <= 0.5 # values other than noise in white
     if low > 0.5 and has_other and len(_codes(mask).unique()) > 1:
         raise DataError(
             f'{path}: holds no dark background, '
@@ -264,7 +264,7 @@ def _pixels(marks, config, path):
     return (resize_crop(marks, config, str(path))[0] > 0.5).numpy()
 
 def _read_mask(path, image, config):
-    "The marks of a mask, 3×H×W, and what is to be told of them."
+    "The marks of a mask, 3×H×W, and the notes that apply to it."
     mask, is_unsure = _upright(read_image(path), path, image)
     marks, has_greys = _marks(mask, path)
     is_lost = not _pixels(marks, config, path).any()
@@ -278,7 +278,7 @@ def _read_mask(path, image, config):
     return marks, [note for note, applies in told.items() if applies]
 
 def _prepare_mask(mask, image, config, told):
-    "What a mask or a folder of masks marks, crop×crop; notes are added to `told`."
+    "The marks of a mask or a folder of masks, crop×crop; notes are added to `told`."
     joined = None
     for path in _files(mask):
         marks, notes = _read_mask(path, image, config)
@@ -309,33 +309,33 @@ def prepare_masks(
 def read_masks(
     category: Category, # A category with masks
     config: Config, # How its images are prepared
-) -> np.ndarray: # N×crop×crop bool, one a test image
+) -> np.ndarray: # N×crop×crop bool, one per test image
     """As `prepare_masks`; the notes become warnings."""
     pixels, told = prepare_masks(category, config)
     count = sum(len(_files(mask)) for mask in category.masks if mask)
     for note, paths in told.items():
         logging.getLogger(__name__).warning(
             f'{category.name}: {MASK_NOTES[note]}: '
-            f'{len(paths)} of {count}, {paths[0]} first')
+            f'{len(paths)} of {count}, such as {paths[0]}')
     return pixels
 
 # %% ../../nbs/data/05_folders.ipynb #f63a23f7
 _FRAME = re.compile(r'(c\dr\d)e(\d)n(\d+)\.tiff?', re.IGNORECASE)
 
 def _frame(path):
-    "Fabric, kind of defect and number of a frame; None if the file is no frame."
+    "Fabric, kind of defect and number of a frame; None if the file is not a frame."
     name = _FRAME.fullmatch(path.name)
     if not name: return None
     fabric, kind, number = name[1].lower(), int(name[2]), int(name[3])
     if fabric not in TILDA_FABRICS or kind > 7 or number < 1:
         raise DataError(
-            f'{path}: no frame of TILDA; expected a fabric of {", ".join(TILDA_FABRICS)}, '
+            f'{path}: not a frame of TILDA; expected a fabric of {", ".join(TILDA_FABRICS)}, '
             'E0 to E7, and a number from 1'
         )
     return fabric, kind, number
 
 def tilda_frames(
-    root: str | Path, # Searched with everything below it
+    root: str | Path, # Searched with its subfolders
 ) -> dict[str, dict]: # Fabric → (kind of defect, number) → file
     """The frames of a TILDA release.
 
@@ -408,7 +408,7 @@ def _tilda_category(root, name, fabric, frames, config):
 def _find(root, config):
     "Name → function that loads the category, for all categories below a folder."
     root = existing_folder(
-        root, 'a folder of categories in MVTec layout, or a TILDA release'
+        root, 'a folder of categories with train/good and test, or a TILDA release'
     )
     names = sorted(p.name for p in root.iterdir() if (p/'train'/'good').is_dir())
     if names:
@@ -416,8 +416,8 @@ def _find(root, config):
     found = tilda_frames(root)
     if not found:
         raise DataError(
-            f'{root}: holds no category; expected folders with train/good and test '
-            'in them, or frames of TILDA such as C1R1E0N1.TIF'
+            f'{root}: holds no category; expected subfolders that hold train/good and test, '
+            'or frames of TILDA such as C1R1E0N1.TIF'
         )
     loaders = {}
     for i, fabric in enumerate(config.tilda_types.split(','), 1):
@@ -449,7 +449,7 @@ def load_category(
     return found[name]()
 
 # %% ../../nbs/data/05_folders.ipynb #7135bf36
-ALWAYS = '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp' # counts, used or not
+ALWAYS = '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp' # always counted, even if not used
 
 @functools.cache
 def _content_hash(path, size, modified):
@@ -523,7 +523,7 @@ def _write_textures(path, files, size, workers):
 
 def texture_images(
     folder: str | Path, # A folder of images, such as `dtd/images`
-    size: int = 224, # Side to which each is squeezed, pixels
+    size: int = 224, # Side to which each image is resized, pixels
     workers: int = 2, # Reading threads
 ) -> np.ndarray: # N×3×size×size uint8, mapped from the cache folder
     """Textures for textural defects (§3.1).

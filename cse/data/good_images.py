@@ -116,8 +116,8 @@ def image_hash(
 
 def image_hashes(
     images: Images, # Prepared images
-    errors: dict | None = None, # Collects errors of unreadable images; without it they raise
-) -> list[str]: # One hash an image
+    errors: dict | None = None, # Collects errors of unreadable images; if not given, they are raised
+) -> list[str]: # One hash per image
     "Hashes of all images. Every image is read."
     return [image_hash(image) for batch in images.batches(errors=errors) for image in batch]
 
@@ -128,17 +128,17 @@ def images_hash(
     return hashlib.sha256(images.cpu().numpy()).hexdigest()
 
 def known_images(
-    images: Images, # That a detector is fitted on
+    images: Images, # The images that a detector is fitted on
     prepared: torch.Tensor, # The same, N×3×H×W
-) -> dict: # Their number, their hash, and between which sizes their files lie
-    "What a detector remembers of its images: plain JSON values."
+) -> dict: # Their number, their hash, and the range of their sizes
+    "What a detector stores about its images: plain JSON values."
     sizes = size_range(images.paths or ())
     return dict(images=len(images), sha256=images_hash(prepared), sizes=sizes)
 
 # %% ../../nbs/data/08_good_images.ipynb #3f80c1a1
 def small_pictures(
     images: torch.Tensor, # N×3×H×W, prepared
-) -> torch.Tensor: # N×h×w, grey, about 56 cells a side
+) -> torch.Tensor: # N×h×w, grey, about 56 cells per side
     "Enough of an image to recognise a copy."
     grey = images.mean(1, keepdim=True)
     return F.avg_pool2d(grey, max(1, images.shape[-1] // 56))[:, 0].cpu()
@@ -156,7 +156,7 @@ def _distances(pictures, last):
 def find_copies(
     hashes: list[str], # Of N images
     pictures: torch.Tensor, # N×h×w, as `small_pictures` makes them
-    last: int, # How many of the images are looked at
+    last: int, # How many of the images are checked
 ) -> dict[int, int]: # Row of a copy → row of an earlier image
     "Which of the last images are copies of earlier ones, or nearly."
     found, first = {}, len(hashes) - last
@@ -172,7 +172,7 @@ def find_copies(
 def warn_if_identical(
     images: torch.Tensor, # N×3×H×W, prepared
 ):
-    "Warn where all images are the same."
+    "Warn if all images are the same."
     if (images != images[:1]).any(): return
     logging.getLogger(__name__).warning(
         f'images: all {len(images)} are the same, pixel by pixel; the detector cannot learn '

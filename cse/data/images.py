@@ -41,7 +41,7 @@ def read_image(
 ) -> torch.Tensor: # 3×H×W float32 RGB in [0, 1]
     """Read one image file.
 
-    Raises `DataError` if it is missing, truncated, partly transparent or no image."""
+    Raises `DataError` if it is missing, truncated, partly transparent or not an image."""
     values, pictures = read_values(path, bits)
     if pictures > 1: tell_pictures(path, pictures)
     return _as_tensor(values)
@@ -60,7 +60,7 @@ def resize(
 def resize_crop(
     image: torch.Tensor, # 3×H×W in [0, 1]
     config: Config, # Its `resize`, `resize_mode` and `crop` are used
-    name: str = 'image', # How errors call the image
+    name: str = 'image', # Name of the image in errors
 ) -> torch.Tensor: # 3×crop×crop in [0, 1]
     """Resize with antialiased bilinear interpolation, then crop the centre (§4.1).
 
@@ -117,7 +117,7 @@ _DECODING = Lock() # a PIL image that two threads decode at once is garbled
 
 def as_image(
     value: torch.Tensor | np.ndarray | Image.Image, # uint8, uint16 or floats in [0, 1]
-    name: str = 'image', # How errors call it
+    name: str = 'image', # Its name in errors
     bits: int = 0, # Bits in use of uint16, and of PIL images with more than 8; 0: 16
 ) -> torch.Tensor: # 3×H×W float32 in [0, 1]
     """Check one image in memory and bring it to the form of `read_image`.
@@ -148,7 +148,7 @@ ImageSource = (
     | Image.Image
     | Sequence # Paths of files, tensors, arrays and PIL images
     | Dataset # Of such items, or of tuples that begin with one
-    | DataLoader # Its sampler, batches and collate function are obeyed
+    | DataLoader # Its sampler, batches and collate function are used
 )
 
 # %% ../../nbs/data/01_images.ipynb #d100000f
@@ -208,7 +208,7 @@ def _as_sequence(source):
 _SHUFFLES = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 def _batches(loader):
-    "Indices of each batch of a loader; what it shuffles is sorted."
+    "Indices of each batch of a loader; shuffled ones are sorted."
     if loader.batch_sampler is None: # no batches: items are given one by one
         batches, sampler = [[i] for i in loader.sampler], loader.sampler
     else:
@@ -292,7 +292,7 @@ def _read_ahead(item, read, count, size, workers):
 
 # %% ../../nbs/data/01_images.ipynb #4be1d0c7
 def _unreadable(name, error):
-    "What is told of an image that another library or a Dataset cannot give."
+    "The error for an image that another library or a Dataset cannot read."
     if isinstance(error, DataError): return error
     why, lines = type(error).__name__, str(error).strip().splitlines()
     if lines: why = f'{why}: {lines[-1].removeprefix(f"{why}: ")}'
@@ -332,7 +332,7 @@ class Images:
         self,
         source: ImageSource, # A folder, files, or images in memory
         config: Config, # How the images are prepared
-        prepared: bool = False, # Of the size of the crop, taken as they are
+        prepared: bool = False, # Of the size of the crop, used as they are
     ):
         self.config, self.prepared = config, prepared
         self._told = False # that a file holds several pictures
@@ -348,7 +348,7 @@ class Images:
         self._choose(indices)
 
     def _choose(self, indices):
-        "Take the items with these indices; `paths` is None if some are no paths."
+        "Take the items with these indices; `paths` is None if some are not paths."
         if not len(indices):
             raise DataError('images: got none; expected at least one')
         self.indices, source = indices, self.source
@@ -391,14 +391,14 @@ class Images:
 
     def batches(
         self,
-        size: int = 32, # Images a batch
+        size: int = 32, # Images per batch
         workers: int | None = None, # Reading threads; `config.workers` if not given
         errors: dict | None = None, # Collects index → `DataError`
     ) -> Iterator[torch.Tensor]: # n×3×crop×crop, in order
         """Read all images in batches.
 
         An image that cannot be read raises `DataError`, or, with `errors`, becomes
-        black. Raises `ConfigError` if `size` is no whole number above 0."""
+        black. Raises `ConfigError` if `size` is not a whole number above 0."""
         if not isinstance(size, Integral) or size < 1:
             raise ConfigError(f'batch_size={size!r}: expected a whole number, at least 1')
         def read(i, item):
@@ -420,7 +420,7 @@ def as_images(
     source: ImageSource | Images, # Of any kind
     config: Config, # How the images are to be prepared
 ) -> Images: # The same, if they are `Images` already
-    "Prepare images that are not. Raises `DataError` for `Images` of other settings."
+    "Prepare images, unless they are `Images`. Raises `DataError` for those of other settings."
     if not isinstance(source, Images): return Images(source, config)
     names = ('crop',) if source.prepared else ('resize', 'resize_mode', 'crop', 'bits')
     for name in names:

@@ -21,11 +21,11 @@ _FORM = dict( # in every `model.json`
     config=dict, seed=int, channels=list,
     extractor=dict, best_epoch=int,
     history=list, tensors_sha256=str)
-_LATER = 'fitted_on', 'calibration', 'sha256' # what schemas 2 and 3 have besides
+_LATER = 'fitted_on', 'calibration', 'sha256' # further values in schemas 2 and 3
 
 def checksum(
-    about: dict, # What `model.json` says
-) -> str: # SHA-256 of it, the checksum itself aside
+    about: dict, # Content of `model.json`
+) -> str: # SHA-256 of it, without the checksum itself
     "Checksum of `model.json`."
     content = {k: v for k, v in about.items() if k != 'sha256'}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -54,7 +54,7 @@ HYBRID = (
     'embedders')
 
 def _upgrade(about: dict) -> dict:
-    "What a model of schema 1 to 3 would say today."
+    "The content of a model of schema 1 to 3, as the present schema states it."
     config = dict(about['config'])
     hybrid = bool(config.get('density_layers'))
     if hybrid and config.get('profile') == 'clean': config['profile'] = 'smoke'
@@ -76,17 +76,17 @@ def _schema(folder, about) -> int:
     schema = about.get('schema') if isinstance(about, dict) else None
     if schema in range(1, SCHEMA + 1) and not isinstance(schema, bool): return schema
     newer = isinstance(schema, int) and schema > SCHEMA
-    hint = '; a newer one wrote it, and can read it' if newer else ''
+    hint = '; a newer version wrote it, update cse' if newer else ''
     raise ModelError(f'{folder}/model.json: schema {schema!r}; '
                      f'this version of cse reads 1 to {SCHEMA}{hint}')
 
 def _check_about(folder, about, schema):
-    "Raise `ModelError` for what `model.json` lacks, or where it was changed."
+    "Raise `ModelError` if `model.json` lacks a value or was changed."
     expected = set(_FORM)
     if schema in (2, 3): expected |= {*_LATER}
     if schema > 3: expected |= {'class', 'sha256'}
     if missing := expected - about.keys():
-        raise ModelError(f'{folder}/model.json: lacks {", ".join(sorted(missing))}')
+        raise ModelError(f'{folder}/model.json: lacks {", ".join(sorted(missing))}; copy the detector again')
     if 'sha256' in about and checksum(about) != about['sha256']:
         raise ModelError(f'{folder}/model.json: was changed after it was written; '
                          'expected the file that CSE.save wrote')
@@ -97,7 +97,7 @@ def _check_about(folder, about, schema):
 
 def read_about(
     folder: str | Path, # Where `write_model` wrote
-) -> dict: # What `model.json` says, as the present schema would
+) -> dict: # Content of `model.json`, in the present schema
     """Read the settings of a model of any schema, without its tensors.
 
     Raises `ModelError` for a file that is missing, damaged or of a newer schema."""
@@ -105,7 +105,7 @@ def read_about(
     content = _read(folder/'model.json')
     try: about = json.loads(content)
     except (ValueError, RecursionError) as e:
-        raise ModelError(f'{folder}/model.json: is no JSON ({e})') from e
+        raise ModelError(f'{folder}/model.json: is not JSON ({e}); copy the detector again') from e
     schema = _schema(folder, about)
     _check_about(folder, about, schema)
     if schema == 1: about = {k: about[k] for k in _FORM}
@@ -113,7 +113,7 @@ def read_about(
 
 def read_model(
     folder: str | Path, # Where `write_model` wrote
-) -> tuple[dict, dict[str, 'torch.Tensor']]: # What `model.json` says; the tensors
+) -> tuple[dict, dict[str, 'torch.Tensor']]: # Content of `model.json`; the tensors
     """Read a model of any schema.
 
     Raises `ModelError` for files that are missing, damaged or of a newer schema."""
@@ -122,9 +122,9 @@ def read_model(
     folder = as_path(folder, 'folder')
     about, data = read_about(folder), _read(folder/'model.safetensors')
     if hashlib.sha256(data).hexdigest() != about['tensors_sha256']:
-        message = 'is damaged or belongs to another model.json'
+        message = 'is damaged or belongs to another model.json; copy the detector again'
         raise ModelError(f'{folder}/model.safetensors: {message}')
     try: tensors = load_tensors(data)
     except SafetensorError as e:
-        raise ModelError(f'{folder}/model.safetensors: is no safetensors file ({e})') from e
+        raise ModelError(f'{folder}/model.safetensors: is not a safetensors file ({e})') from e
     return about, tensors

@@ -30,7 +30,7 @@ _USUAL = '.png, .jpg, .bmp, .tif, .webp, .gif, .jp2, .pgm' # the common ones, fo
 
 # %% ../../nbs/data/00_reading.ipynb #0095f138
 def _jpeg2000_bits(image):
-    "Bits a channel of a JPEG 2000 file that is not decoded yet."
+    "Bits per channel of a JPEG 2000 file that is not decoded yet."
     start = image.fp.tell()
     image.fp.seek(0)
     content = image.fp.read()
@@ -39,7 +39,7 @@ def _jpeg2000_bits(image):
     return (content[size + 42] & 127) + 1
 
 def _stated_bits(image):
-    "Bits a channel that the file of a PIL image states."
+    "Bits per channel that the file of a PIL image states."
     if image.format == 'TIFF': return max(image.tag_v2.get(258, (1,)))
     is_wide = image.mode.startswith('I')
     if not getattr(image, 'tile', None): # decoded
@@ -60,7 +60,7 @@ def _white(image, bits):
 
 def scaled(
     values: np.ndarray, # Whole numbers
-    name: str, # How errors call the image
+    name: str, # Name of the image in errors
     white: int, # The value of white
     inverted: bool = False, # Is 0 white, and `white` black?
 ) -> np.ndarray: # float32 in [0, 1]
@@ -86,7 +86,7 @@ def _check_opaque(image, name):
 
 def count_pictures(
     image: Image.Image, # Of one file
-    name: str, # How errors call it
+    name: str, # Its name in errors
 ) -> int: # 1, or more where a camera put a preview behind the first one (MPO)
     "Number of pictures in a file. Raises `DataError` for frames of an animation."
     count = getattr(image, 'n_frames', 1)
@@ -107,24 +107,24 @@ def _grey(image, name, bits):
 
 def to_rgb(
     image: Image.Image, # Of any mode but floating point
-    name: str, # How errors call it
+    name: str, # Its name in errors
     bits: int = 0, # Bits in use, where grey values have 16 or 32; 0: 16
 ) -> np.ndarray: # H×W×3 uint8, or H×W float32 in [0, 1]
     "Values of a PIL image. Raises `DataError` for one that cannot be used."
     if image.mode.startswith('I'): return _grey(image, name, bits)
     if bits and _stated_bits(image) >= 16:
         raise DataError(
-            f'{name}: has colours of 16 bits, '
-            'of which 8 are read; with '
+            f'{name}: is a colour image with 16 bits, '
+            'of which only 8 are read; with '
             f'bits={bits} expected grey images, '
-            'or colours of 8 bits'
+            'or colour images with 8 bits'
         )
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == 'F':
         raise DataError(
             f'{name}: holds floating-point values; '
-            'expected 8 or 16 bits a channel'
+            'expected 8 or 16 bits per channel'
         )
     if image.has_transparency_data:
         _check_opaque(image, name)
@@ -143,7 +143,7 @@ def read_values(
 ) -> tuple[np.ndarray, int]: # Values as `to_rgb` returns them; number of pictures in the file
     """Read one image file.
 
-    Raises `DataError` if it is missing, truncated, partly transparent or no image."""
+    Raises `DataError` if it is missing, truncated, partly transparent or not an image."""
     try:
         with Image.open(path) as image:
             pictures = count_pictures(image, path)
@@ -171,8 +171,8 @@ def tell_pictures(
 # %% ../../nbs/data/00_reading.ipynb #5ead0022
 def image_size(
     path: str | Path, # An image file
-) -> tuple[int, int] | None: # Width and height as it is shown, pixels; None for no image
-    "The size of an image, from the head of its file."
+) -> tuple[int, int] | None: # Width and height as it is shown, pixels; None if it is not an image
+    "The size of an image, from the header of its file."
     try:
         with Image.open(path) as image:
             # a PNG file would be decoded to find its orientation, which few have
@@ -185,7 +185,7 @@ def image_size(
 def size_range(
     paths: Sequence[str | Path], # Image files
 ) -> list[list[int]] | None: # Smallest width and height, largest width and height
-    "Between which sizes images lie. None where there is no image."
+    "The range of the sizes of images. None if there is no image."
     sizes = [size for path in paths if (size := image_size(path))]
     if not sizes: return None
     widths, heights = zip(*sizes)
@@ -204,9 +204,9 @@ def warn_if_nearly_black(
     if not dark: return
     first = paths[dark[0]] if paths else f'image {dark[0]}'
     logging.getLogger(__name__).warning(
-        f'images: {len(dark)} of {len(light)} nearly black, '
-        f'no value is above {light[dark].max():.2g} of 1, {first} first; '
-        'for a camera of 10 or 12 bits that writes files of 16 or 32, '
+        f'images: {len(dark)} of {len(light)} nearly black, such as {first}: '
+        f'no value is above {light[dark].max():.2g} of 1; '
+        'if a camera of 10 or 12 bits writes files of 16 or 32 bits, '
         'set `bits` (`--bits 12`)')
 
 # %% ../../nbs/data/00_reading.ipynb #5ead0011
@@ -224,8 +224,8 @@ def resized_size(
 # %% ../../nbs/data/00_reading.ipynb #62b9943b
 def is_hidden(
     name: str, # Of a file or folder, without its path
-) -> bool: # Whether a search passes it over
-    "Tell hidden files, and folders that macOS and Synology add, from images."
+) -> bool: # Whether a search skips it
+    "Whether a name is hidden, or a folder that macOS or Synology adds."
     return name.startswith('.') or name in ('__MACOSX', '@eaDir')
 
 def existing_folder(
@@ -241,7 +241,7 @@ def existing_folder(
 
 # %% ../../nbs/data/00_reading.ipynb #d1000006
 def _is_detector(folder):
-    "Whether it is the folder of a saved detector, whose pictures are none of parts."
+    "Whether it is the folder of a saved detector, which holds pictures that are not parts."
     return os.path.isfile(os.path.join(folder, 'model.safetensors'))
 
 def _new_folders(parent, names, seen):
@@ -263,7 +263,7 @@ def _hidden_files(parent, folders, files):
     return count
 
 def files_below(
-    folder: str | Path, # Searched with everything below it
+    folder: str | Path, # Searched with its subfolders
     skipped: Counter | None = None, # Hidden files are counted there
 ) -> list[Path]: # Sorted by path
     "All files below a folder that are not hidden, those of linked folders too."
@@ -283,12 +283,12 @@ def is_image(
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 def _kind(path):
-    "How a file that is skipped is called in a count."
+    "The kind of a skipped file, as it is counted."
     if not path.is_file(): return 'broken link'
     return path.suffix.lower() or 'without ending'
 
 def image_files(
-    folder: str | Path, # Searched with everything below it
+    folder: str | Path, # Searched with its subfolders
 ) -> list[Path]: # Sorted by path
     """All images below a folder. Other files are counted in a warning.
 
@@ -305,7 +305,7 @@ def image_files(
     if not images:
         raise DataError(
             f'{folder}: holds no images{counts}; '
-            f'expected files with {_USUAL}'
+            f'expected image files, such as {_USUAL}'
         )
     if counts:
         logging.getLogger(__name__).warning(

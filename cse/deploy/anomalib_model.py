@@ -44,7 +44,7 @@ def resized_shape(
     return round(height * side / short), round(width * side / short)
 
 class Resized(Resize):
-    "Resizing of images and masks, the images bit by bit as in `cse.data`."
+    "Resizing of images and masks; images get exactly the values of `cse.data`."
     def __init__(self,
         config: Config, # Its `resize` and `resize_mode` are used
     ):
@@ -133,7 +133,7 @@ class Preparation(PreProcessor):
         if config:
             raise ConfigError(
                 'this checkpoint was written with another pre-processor; '
-                'expected it as pre_processor=… of load_from_checkpoint')
+                'pass that one to load_from_checkpoint as pre_processor=…')
 
 # %% ../../nbs/deploy/02_anomalib_model.ipynb #4566971c
 class CseModel(DynamicBufferMixin, nn.Module):
@@ -313,7 +313,7 @@ class Cse(ImageCollector, AnomalibModule):
     def fit(self,
         images: Tensor, # N×3×crop×crop in [0, 1], defect-free
     ):
-        "Fit `cse.CSE` to prepared images. Raises what it raises."
+        "Fit `cse.CSE` to prepared images. Raises the errors of `CSE.fit`."
         device = str(self.device) if self.device.type == 'cuda' else 'cpu'
         config = self.config.replace(device=device)
         trainer = self._trainer
@@ -340,7 +340,7 @@ class Cse(ImageCollector, AnomalibModule):
         compression_type: CompressionType | None = None, # As in anomalib
         **options: Any, # As in anomalib
     ) -> Path: # The file
-        "The file of anomalib, computed in float32 unless it is compressed or its size is free."
+        "Write anomalib's file, computed in float32 unless it is compressed or its input size is free."
         path = super().to_openvino(
             export_root, model_file_name, input_size, compression_type, **options)
         if compression_type is None: keep_float32(path)

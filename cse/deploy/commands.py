@@ -27,24 +27,24 @@ def _load(model, device, weights='', bits=0):
     from cse.deploy.saving import load
     other = {k: v for k, v in dict(weights=weights, bits=bits).items() if v}
     detector = load(model, device=device, **other)
-    if detector.interrupted: note(f'{model}: its training was interrupted before it was over')
+    if detector.interrupted: note(f'{model}: its training was interrupted and is not finished')
     return detector
 
 def _open(model, device, weights='', bits=0):
     "A saved detector that scores, without PyTorch where that is possible."
     from cse.deploy.runtime import open_detector
     detector = open_detector(model, device, weights, bits)
-    if detector.interrupted: note(f'{model}: its training was interrupted before it was over')
+    if detector.interrupted: note(f'{model}: its training was interrupted and is not finished')
     return detector
 
 def _compile(detector, folder, quiet):
-    "Lay the compiled form beside a saved detector."
+    "Save the compiled form of a saved detector."
     from cse.data.timing import waiting
     from cse.deploy.runtime import save_runtime
     with waiting('compiling', not quiet): save_runtime(detector, folder)
 
 def _tell(detector, folder, as_json, **more):
-    "What a detector is, and where it was saved."
+    "Print the summary of a detector, and where it was saved."
     from cse.deploy.fitting import calibration_summary, fit_lines
     from cse.deploy.inspection import fit_summary
     about = dict(model=str(folder)) | fit_summary(detector)
@@ -63,18 +63,18 @@ def _plan(folder, config, method, held_out):
     return Plan(images, config, method, images_kept(len(images), held_out))
 
 def _draw_textures(side):
-    "Draw the built-in textures, where they are not kept already, while PyTorch is loaded."
+    "Draw the built-in textures, unless they are cached, while PyTorch is loaded."
     from cse.data.texture_files import drawn_textures
     drawn_textures(side)
 
 def _fit(folder, plan, textures, seed, output, quiet, as_json):
-    "Do what is planned, and tell how it went."
+    "Carry out the plan, and print the result."
     from concurrent.futures import ThreadPoolExecutor
     from cse.deploy.fitting import usable
     start = time.perf_counter()
     if not quiet: print(plan, file=sys.stderr, flush=True)
     for sentence in plan.notes: note(sentence)
-    if any(output.glob('training*.pt')): note(f'{output}: its interrupted fit is taken up')
+    if any(output.glob('training*.pt')): note(f'{output}: its interrupted fit is resumed')
     with usable(plan.images, plan.config):
         with loading(not quiet), ThreadPoolExecutor(1) as pool:
             if not textures: pool.submit(_draw_textures, plan.config.crop)
@@ -87,7 +87,7 @@ def _fit(folder, plan, textures, seed, output, quiet, as_json):
     _tell(detector, output, as_json, seconds=round(time.perf_counter() - start, 1), **looked_at)
     if detector.interrupted:
         stop(f'interrupted after {len(detector.history)} of {detector.config.epochs} epochs; '
-             'the detector has the best weights so far, and the same command goes on', 130)
+             'the detector has the best weights so far; the same command resumes the fit', 130)
 
 def _unusual(detector, folder) -> dict:
     "Good images that look unusual, and the file that shows them."
@@ -154,8 +154,8 @@ def calibrate(
     quiet: Quiet = False,
     as_json: Json = False,
 ):
-    """Set the threshold anew, with good images that took no part in fitting. One that promises less than
-    the old one is set with --force only. A file exported before keeps the old one: export again.
+    """Set a new threshold with good images that took no part in fitting. A threshold that promises less
+    than the old one needs --force. A file exported before keeps the old threshold: export again.
 
     Example: cse calibrate part.cse monday/good
     """
@@ -188,7 +188,7 @@ def _overlay_files(paths, sources, folder):
     return files
 
 def _draw(detector, model, scale, scores, rows, html, files=(), quiet=False, **about) -> list[str]:
-    "Draw overlays and the report, where they are asked for. What fails becomes a sentence."
+    "Draw overlays and the report, if requested. Returns a sentence for each file that fails."
     if not (html or files): return []
     from cse.deploy.pictures import save_overlays
     from cse.deploy.report import write_report
@@ -346,7 +346,7 @@ def export_(
         notes = written.with_suffix('.md')
         about = dict(file=str(written), files=[str(f) for f in files], notes=str(notes), format=to)
         say(json.dumps(about) if as_json else '\n'.join(map(str, [*files, notes])))
-        note(f'{notes} tells how to prepare images and how to run it, in Python and in C++')
+        note(f'{notes} tells how to prepare images and how to run the file, in Python and in C++')
 
 # %% ../../nbs/deploy/20_commands.ipynb #a04a997a
 def _listed(profiles) -> str:
@@ -379,7 +379,7 @@ def show_config(
 # %% ../../nbs/deploy/20_commands.ipynb #1f000012
 @commands.command('info')
 def info_(as_json: Json = False):
-    """Versions, device, engine and cache of this machine, for a report of a fault.
+    """Versions, device, engine and cache of this machine, for a bug report.
 
     Example: cse info
     """
@@ -395,7 +395,7 @@ def _check_flagged(detector, move, link):
     if move and link: raise ConfigError('--move and --link: expected one of them')
     if (move or link) and not getattr(detector, 'calibration', None):
         raise ConfigError(f'{"--move" if move else "--link"}: this detector is not calibrated, so it '
-                          'flags no image; see `cse calibrate`')
+                          'flags no image; run `cse calibrate`')
 
 @commands.command()
 def watch(
@@ -413,7 +413,7 @@ def watch(
     weights: Where = '',
     device: Device = 'auto',
 ):
-    """Score images as they arrive in a folder, each once, one JSON line an image. Ctrl-C ends it.
+    """Score images as they arrive in a folder, each once, with one JSON line per image. Ctrl-C ends it.
 
     MODEL is read once, at the start. After a new calibration, end the watch and start it again.
 

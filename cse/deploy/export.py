@@ -50,14 +50,14 @@ class ExportError(RuntimeError):
     "Raised where a detector cannot be exported, or its export scores differently."
 
 def _about(detector):
-    "What a user of the file must know."
+    "Size of the images and scores of the calibration, for the user of the file."
     config, calibration = detector.config, getattr(detector, 'calibration', None)
     scores = calibration.scores.tolist() if calibration else None
     return dict(side=config.crop, resize=config.resize, resize_mode=config.resize_mode,
                 bits=config.bits, calibration=scores)
 
 def _onnx(network, example, about) -> Callable[[Path], None]:
-    "Convert a network; the function that comes back writes it."
+    "Convert a network, and return the function that writes it."
     import onnx
     batch = torch.export.Dim('batch', min=1)
     names = dict(input_names=['image'], output_names=['score', 'map'])
@@ -68,7 +68,7 @@ def _onnx(network, example, about) -> Callable[[Path], None]:
     return lambda path: onnx.save(model, path)
 
 def _warn_bfloat16(path, images, expected):
-    "Warn where scores differ if OpenVINO chooses bfloat16."
+    "Warn if scores differ where OpenVINO computes in bfloat16."
     found = compile_network(path, 'bfloat16')(images.numpy())['score']
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
     if difference <= TOLERANCE: return
@@ -77,7 +77,7 @@ def _warn_bfloat16(path, images, expected):
         "compile it with INFERENCE_PRECISION_HINT='f32', as `run_exported` does")
 
 def _openvino(network, example, about) -> Callable[[Path], None]:
-    "Convert a network; the function that comes back writes it."
+    "Convert a network, and return the function that writes it."
     converted = convert_openvino(network, [example])
     converted.inputs[0].set_names({'image'})
     for output, name in zip(converted.outputs, ('score', 'map')): output.set_names({name})
@@ -112,7 +112,7 @@ def run_exported(
     with between_forks():
         if path.suffix == '.onnx':
             import onnxruntime
-            network = path.read_bytes() # its name may be no text
+            network = path.read_bytes() # the name of the file may not be valid text
             session = onnxruntime.InferenceSession(network, providers=['CPUExecutionProvider'])
             return tuple(session.run(['score', 'map'], {'image': images}))
         found = compile_network(path)(images)
@@ -125,11 +125,11 @@ def _chosen_format(path, to) -> str:
     to = to or names.get(path.suffix, '')
     if FORMATS.get(to) != path.suffix:
         endings = ' or '.join(f'{ending} ({name})' for ending, name in names.items())
-        message = f'{path}: cannot be written as {to or "anything"}'
-        raise ConfigError(f'{message}; expected a file ending in {endings}')
+        problem = f'cannot be written as {to}' if to else 'has an unknown ending'
+        raise ConfigError(f'{path}: {problem}; expected a file ending in {endings}')
     if to != 'onnx': return to
     if missing := [p for p in ('onnx', 'onnxscript', 'onnxruntime') if not find_spec(p)]:
-        raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'cse[export]'")
+        raise ConfigError(f"{', '.join(missing)}: not installed; pip install '.[export]' in the checkout")
     return to
 
 @contextmanager
@@ -144,7 +144,7 @@ def _first_line(error) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 def _write(detector, network, example, made, path, to):
-    "Convert a network and write it. Raises `ExportError`, which names the place where it will lie."
+    "Convert a network and write it. Raises `ExportError` that names the final path."
     convert = {'onnx': _onnx, 'openvino': _openvino}[to]
     try:
         with _quiet(): save = convert(network, example, _about(detector))
@@ -153,7 +153,7 @@ def _write(detector, network, example, made, path, to):
         raise ExportError(message) from e
     try: save(made)
     except Exception as e:
-        message = f'{path}: cannot be written ({_first_line(e)}); expected room for it on the disk'
+        message = f'{path}: cannot be written ({_first_line(e)}); expected enough free disk space'
         raise ExportError(message) from e
 
 def _compare(path, found, expected: Scores):
@@ -260,7 +260,7 @@ $files
 
 `image`: N×3×$side×$side, float32, RGB, values in [0, 1]. The network normalises them itself.
 
-1. Turn the image as its EXIF data says, and make it RGB. Grey values stand in all three channels.
+1. Rotate the image as its EXIF data says, and convert it to RGB. Grey values fill all three channels.
 2. Divide by the value of white: 255, or $white for grey images with 16 bits.
 3. $resizing
 4. $cropping
@@ -268,13 +268,13 @@ $files
 ## What comes out
 
 - `score`: N values; a larger one is more anomalous.
-- `map`: N×$side×$side values, which say how anomalous each place of the prepared image is.
+- `map`: N×$side×$side values; a larger one is more anomalous at this pixel of the prepared image.
 
 $decision
 
 ## Python
 
-Save this beside the file, and run it with the path of an image. It needs NumPy, Pillow and $package.
+Save this program beside the file, and run it with the path of an image. It needs NumPy, Pillow and $package.
 
 ```python
 $python```
@@ -286,11 +286,11 @@ The image is prepared as above.
 ```cpp
 $cpp```
 '''
-_DECISION = '''Decisions come from $count good images that took no part in fitting.
+_DECISION = '''The threshold comes from $count good images that took no part in fitting.
 
 | | |
 |---|---|
-| false-alarm rate | $alpha %: at most so many good images are flagged in the long run |
+| false-alarm rate | $alpha %: at most this share of good images is flagged in the long run |
 | threshold | $threshold: an image is flagged if its score is larger |
 | median of the good images | $usual |
 | relative score | (score − median) / (threshold − median): 0 is usual, 1 is the threshold |
@@ -307,12 +307,12 @@ def _resizing(config) -> tuple[str, str]:
     side, crop = config.resize, config.crop
     to = f'{side}×{side} pixels' if config.resize_mode == 'square' else f'{side} pixels on the shorter side'
     resizing = f'Resize it to {to} with antialiased bilinear interpolation, in floating point.'
-    cropping = f'Cut out the middle {crop}×{crop} pixels.'
-    if crop == side and config.resize_mode == 'square': cropping = 'Nothing is cut off.'
-    return resizing if side else 'Leave its size as it is.', cropping
+    cropping = f'Crop the central {crop}×{crop} pixels.'
+    if crop == side and config.resize_mode == 'square': cropping = 'Do not crop it.'
+    return resizing if side else 'Do not resize it.', cropping
 
 def _decision(detector) -> tuple[str, dict]:
-    "What the scores of a detector mean, and the numbers that a sample needs."
+    "The section on decisions, and the numbers that the samples need."
     calibration = getattr(detector, 'calibration', None)
     if not calibration: return _UNDECIDED, {}
     scale = Scale(calibration, 0.05)
@@ -323,11 +323,11 @@ def _decision(detector) -> tuple[str, dict]:
     return Template(_DECISION).substitute(about), numbers
 
 def export_notes(
-    detector: Detector, # That was exported
+    detector: Detector, # The exported one
     path: Path, # The file
     to: str, # 'onnx' or 'openvino'
 ) -> str: # Markdown
-    "What the user of an exported file must know."
+    "The page that explains an exported file."
     config, (meaning, numbers) = detector.config, _decision(detector)
     files = [path] if to == 'onnx' else [path, path.with_suffix('.bin')]
     resizing, cropping = _resizing(config)
@@ -349,17 +349,17 @@ def _check_notes(path):
     if not path.exists(): return
     first = path.open('rb').readline() if path.is_file() else b''
     if b': an exported detector' in first: return
-    raise ConfigError(f'{path}: is there already, and tells of something else; '
+    raise ConfigError(f'{path}: exists already and does not belong to an export; '
                       'expected another name for the export')
 
 # %% ../../nbs/deploy/01_export.ipynb #033f2f06
 def export(
     detector: Detector, # Fitted
-    path: str | Path, # The file; beside it lie a .md that explains it and, for OpenVINO, a .bin with weights
-    to: str = '', # 'onnx' or 'openvino'; empty: by the ending of the path
+    path: str | Path, # The file; a .md that explains it and, for OpenVINO, a .bin with weights go beside it
+    to: str = '', # 'onnx' or 'openvino'; if empty, the ending of the path decides
 ) -> Path: # The file
     """Write a detector as one network. Raises `ConfigError` for an unknown format, a missing package,
-    a detector without maps or a place that cannot be written, `ExportError` for other scores."""
+    a detector without maps or a path that cannot be written, `ExportError` if the file scores differently."""
     path = as_path(path, 'path')
     to = _chosen_format(path, str(to or ''))
     if detector.config.anomaly_map == 'none':
@@ -369,7 +369,7 @@ def export(
     _check_notes(path.with_suffix('.md'))
     network, side = copy.deepcopy(Whole(detector)).cpu().eval(), detector.config.crop
     example = torch.rand(2, 3, side, side, generator=seeded(0, 'export'))
-    example[..., side // 2:] = 0 # unusual for any detector: maps of 0 compare nothing
+    example[..., side // 2:] = 0 # unusual for any detector; maps of zeros would test nothing
     expected = detector.score(Images(example, detector.config, prepared=True))
     with (tempfile.TemporaryDirectory(dir=existing_part(path.parent)) as folder,
           warnings.catch_warnings(), same_logging()):

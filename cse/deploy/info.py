@@ -53,11 +53,11 @@ def cache_size() -> str: # Such as '12 files, 34 MB'
     return f'{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB'
 
 def engine() -> str: # 'openvino' or 'torch'
-    "What computes features on the CPU, unless a setting says otherwise."
+    "The engine that computes features on the CPU, unless a setting says otherwise."
     return 'torch' if package_version('openvino') == 'not installed' else 'openvino'
 
 # %% ../../nbs/deploy/13_info.ipynb #1f00000d
-def info() -> dict[str, str]: # What → words
+def info() -> dict[str, str]: # Name → value
     "Versions, device, engine and cache of this machine."
     import cse
     home = str(Path.home())

@@ -24,7 +24,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 # %% ../../nbs/deploy/04_options.ipynb #103f3461
 def say(
-    text: object, # Whatever a command answers
+    text: object, # The answer of a command
 ):
     "A line on standard output."
     print(text, flush=True)
@@ -51,9 +51,9 @@ def stop_if(
     if failed: stop('; '.join(failed[:3]) + more, 1)
 
 def _escaped(error) -> tuple[str | bytes, int]:
-    "What stands for the first character that an encoding lacks, and where to go on."
+    "A replacement for the first character that an encoding lacks, and where to continue."
     character = error.object[error.start]
-    byte = ord(character) - 0xdc00 # of a file name that is no text
+    byte = ord(character) - 0xdc00 # of a file name that is not text
     if 128 <= byte < 256 and error.encoding == sys.getfilesystemencoding():
         return bytes([byte]), error.start + 1
     return character.encode('ascii', 'backslashreplace').decode(), error.start + 1
@@ -62,12 +62,12 @@ codecs.register_error('cse.escaped', _escaped)
 
 @contextmanager
 def errors(
-    interrupted: str = 'interrupted', # What Ctrl-C is answered with
+    interrupted: str = 'interrupted', # The message after Ctrl-C
 ) -> Iterator[None]:
     """Turn the errors of the library into a sentence and an exit status.
 
     Characters that the encoding of standard output lacks are escaped; bytes of a file name that is
-    no text are printed as they are."""
+    not text are printed as they are."""
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='cse.escaped')
     try: yield
     except KeyboardInterrupt: stop(interrupted, 130)
@@ -76,7 +76,7 @@ def errors(
         raise typer.Exit(141) from None
     except ModuleNotFoundError as e:
         if e.name.startswith('cse'): raise
-        stop(f"{e.name}: not installed; pip install 'cse[train]'", 2)
+        stop(f"{e.name}: not installed; pip install '.[train]' in the checkout", 2)
     except Exception as e:
         ours = type(e).__module__.startswith('cse.')
         if not ours and not isinstance(e, OSError): raise
@@ -85,9 +85,9 @@ def errors(
 # %% ../../nbs/deploy/04_options.ipynb #0d1d0006
 @contextmanager
 def loading(
-    shown: bool = True, # Say that it takes a while?
+    shown: bool = True, # Show that PyTorch is loading?
 ) -> Iterator[None]:
-    "Load PyTorch under `with`. What is loaded is never looked through for garbage."
+    "Load PyTorch under `with`. Garbage collection skips the loaded objects for good."
     from cse.data.timing import waiting
     if 'torch' in sys.modules:
         yield
@@ -109,7 +109,7 @@ def common(
     version: Annotated[bool, typer.Option(
         '--version', callback=_print_version, is_eager=True, help='Print the version and exit.')] = False,
 ):
-    "What stands before a command."
+    "Options before a command."
 
 # %% ../../nbs/deploy/04_options.ipynb #0d1d0002
 OTHER_NAMES = dict(
@@ -124,13 +124,13 @@ def nearest_command(
     name: str, # What was typed
     known: list[str], # Names of commands
 ) -> str: # A question, or empty
-    "Which command may be meant."
+    "The command that the user may mean."
     near = difflib.get_close_matches(name.lower(), known, 1)
     meant = OTHER_NAMES.get(name.lower(), *near)
     return f'; did you mean `cse {meant}`?' if meant in known else '; see `cse --help`'
 
 class Commands(TyperGroup):
-    "Commands, with an answer to names that there are not."
+    "Commands that answer an unknown name with a suggestion."
     def resolve_command(self, ctx, args):
         if args and not args[0].startswith('-') and args[0] not in self.commands:
             stop(f'{args[0]}: no such command{nearest_command(args[0], list(self.commands))}', 2)
@@ -143,14 +143,14 @@ def _path(text) -> Path:
     return Path(text)
 
 def path_argument(
-    metavar: str, # How the help calls it
+    metavar: str, # Its name in the help
     help: str, # What it is
 ) -> ArgumentInfo: # For `Annotated[Path, …]`
     "An argument that is a path."
     return typer.Argument(parser=_path, metavar=metavar, help=help)
 
 def path_option(
-    *names: str, # Its names, where they differ from that of the parameter
+    *names: str, # Its names, if they differ from the name of the parameter
     help: str, # What it is
 ) -> OptionInfo: # For `Annotated[Path, …]`
     "An option that is a path."
@@ -159,10 +159,10 @@ def path_option(
 FABRIC = 'a fabric of a TILDA release, such as tilda/tilda1'
 Model = Annotated[Path, path_argument('MODEL', 'Folder of a fitted detector.')]
 GoodImages = Annotated[Path, path_argument(
-    'FOLDER', 'Folder of images of good parts, searched with everything below it.')]
+    'FOLDER', 'Folder of images of good parts; its subfolders are searched too.')]
 Category = Annotated[Optional[Path], path_argument(
-    'CATEGORY', 'Folder of a category in MVTec layout, with train/good, test/good and '
-    f'test/<defect>; or {FABRIC}.')]
+    'CATEGORY', 'Folder that holds train/good, test/good and test/<defect>, as in MVTec AD; '
+    f'or {FABRIC}.')]
 GoodTests = Annotated[Optional[list[Path]], path_option(
     '--good', help='Good images, or a folder of them. May be repeated.')]
 BadTests = Annotated[Optional[list[Path]], path_option(
@@ -175,34 +175,34 @@ NewImages = Annotated[Path, path_argument(
 Sources = Annotated[list[Path], path_argument('IMAGES', 'Images and folders of images.')]
 Fitted = Annotated[Path, path_option(
     '--output', '-o',
-    help='Folder for the detector. An interrupted fit in it is taken up again.')]
+    help='Folder for the detector. An interrupted fit in it is resumed.')]
 Calibrated = Annotated[Optional[Path], path_option(
     '--output', '-o', help='Folder for the calibrated detector; MODEL itself if not given.')]
 Exported = Annotated[Optional[Path], path_option(
-    '--output', '-o', help='The file; by default beside the model, under its name.')]
+    '--output', '-o', help='File to write; if not given, beside the model, with its name.')]
 Csv = Annotated[Optional[Path], path_option(
     '--csv', help='Write path, decision, scores and p-value of every image to this file.')]
 Html = Annotated[Optional[Path], path_option(
-    '--html', help='Write a report with pictures to this file, a page that needs no network.')]
+    '--html', help='Write a report with pictures to this file: a web page that needs no network.')]
 Overlays = Annotated[Optional[Path], path_option(
     help='Folder for pictures of the images with their anomaly maps. The colour is full where '
-         'the map reaches its threshold, and absent where it is as in good images.')]
+         'the map reaches its threshold, and absent where the map is as in good images.')]
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress.')]
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
 JsonLines = Annotated[bool, typer.Option(
-    '--json', help='Print one JSON object an image, each on a line, in the order given.')]
+    '--json', help='Print one JSON object per image, each on a line, in the order given.')]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda or cuda:N.')]
 Profile = Annotated[str, typer.Option(help='inspection, smoke, repaired, paper or official.')]
 Method = Annotated[str, typer.Option(
-    help='hybrid, which finds more defects, or cse, the method of the paper; '
-         'if not given hybrid, and cse in the profiles of the paper.')]
+    help='hybrid, which finds more defects, or cse, the method of the paper. '
+         'If not given, hybrid, or cse for the profiles of the paper.')]
 Alpha = Annotated[Optional[float], typer.Option(
-    help='False-alarm rate: share of good images that may be flagged, at most. If not given 0.05, '
-         'or the smallest that the calibration can promise.')]
+    help='False-alarm rate: largest share of good images that may be flagged. If not given, 0.05, '
+         'or the smallest rate that the calibration can promise.')]
 Where = Annotated[str, typer.Option(
-    '--weights', help='Where the weights lie that the detector was fitted with, if they have moved.')]
+    '--weights', help='Path of the weights that the detector was fitted with, if they have moved.')]
 Bits = Annotated[int, typer.Option(
-    help='Bits that the camera uses of grey values stored in 16 or 32, such as 12.')]
+    help='Bits that the camera uses, such as 12, in files that store grey values in 16 or 32 bits.')]
 Settings = Annotated[Optional[list[str]], typer.Option(
     '--set', metavar='NAME=VALUE',
     help='Another setting, such as epochs=20; see `cse show-config`. May be repeated.')]
@@ -214,8 +214,8 @@ Weights = Annotated[str, typer.Option(
 HeldOut = Annotated[str, typer.Option(
     metavar='auto|SHARE',
     help='Share of the images that is kept aside for the threshold; 0 for none. '
-         'auto: 19 images or a fifth, and at most a third.')]
-Force = Annotated[bool, typer.Option('--force', help='Replace what is there already.')]
+         'auto: 19 images or a fifth, whichever is more, but at most a third.')]
+Force = Annotated[bool, typer.Option('--force', help='Replace what exists already.')]
 Seed = Annotated[int, typer.Option(help='Seed of everything random.')]
 Tables = Annotated[Optional[list[int]], typer.Argument(
     help='Numbers of tables, 1 to 5; all if not given.')]
@@ -228,12 +228,12 @@ Tilda = Annotated[str, typer.Option(
 TextureFolder = Annotated[str, typer.Option(help='Folder of textures, such as dtd/images.')]
 Categories = Annotated[str, typer.Option(help='Names; those of the table if not given.')]
 Seeds = Annotated[str, typer.Option(
-    help='Number of seeds, or a list; if not given 1, and 3 in the profiles paper and official.')]
+    help='Number of seeds, or a list; if not given, 1, or 3 in the profiles paper and official.')]
 Results = Annotated[str, typer.Option(
     help='Folder for records and tables; results/runs/DATA-PROFILE if not given.')]
 Notebooks = Annotated[str, typer.Option(
     help='Folder of the table notebooks, nbs/tables; papermill executes them (extra dev).')]
-Fresh = Annotated[bool, typer.Option('--fresh', help='Remove what the folder has on record, and start over.')]
+Fresh = Annotated[bool, typer.Option('--fresh', help='Remove the records in the folder, and start over.')]
 Runs = Annotated[Path, path_argument('RUNS', 'Folder of results, such as results/runs/built-in-smoke.')]
 Reference = Annotated[Optional[Path], typer.Argument(
     help="Another folder of results; this project's reference if not given.")]
@@ -241,7 +241,7 @@ Audited = Annotated[Path, typer.Argument(help='Folder of results, or of several.
 DataSet = Annotated[str, typer.Argument(metavar='NAME', help='mvtec, dtd or tilda.')]
 To = Annotated[Path, path_option('--to', help='Folder of data sets.')]
 From = Annotated[Optional[Path], path_option(
-    '--from', help='An archive or a folder that is there already; nothing is downloaded.')]
+    '--from', help='An archive or a folder that you have already; nothing is downloaded.')]
 Scheduler = Annotated[str, typer.Option(
     help='local, processes, processes:N, or the address or file of a Dask scheduler.')]
 
@@ -257,30 +257,30 @@ def settings_from(
     pairs: list[str] | None, # NAME=VALUE
     **options: str | int, # Settings that have an option of their own; empty ones are left out
 ) -> dict: # Name → value
-    "Settings from options. Raises `ConfigError` for what is no NAME=VALUE."
+    "Settings from options. Raises `ConfigError` for a pair that is not NAME=VALUE."
     from cse.config import ConfigError
     found = {name: value for name, value in options.items() if value}
     for pair in pairs or []:
         name, equals, text = pair.partition('=')
         if not equals or name == 'profile':
-            raise ConfigError(f'--set {pair}: expected NAME=VALUE, such as epochs=20, '
-                              'and --profile for a profile')
+            raise ConfigError(f'--set {pair}: expected NAME=VALUE, such as epochs=20; '
+                              'a profile has its own option, --profile')
         found[name] = _value(text)
     return found
 
 # %% ../../nbs/deploy/04_options.ipynb #75975596
 Arriving = Annotated[Path, path_argument(
-    'FOLDER', 'Folder that images arrive in, watched with everything below it.')]
+    'FOLDER', 'Folder that images arrive in; its subfolders are watched too.')]
 MoveTo = Annotated[Optional[Path], path_option(
     '--move', help='Folder that flagged images are moved into.')]
 LinkTo = Annotated[Optional[Path], path_option(
     '--link', help='Folder in which links to flagged images are made.')]
 JournalFile = Annotated[Optional[Path], path_option(
-    '--journal', help='File that remembers which images are done; .cse-watch.jsonl in FOLDER if not given.')]
+    '--journal', help='File that lists the images that are done; .cse-watch.jsonl in FOLDER if not given.')]
 Existing = Annotated[bool, typer.Option(
     '--existing/--new-only',
-    help='Score the images that are there at the start, or pass them over for good.')]
-Once = Annotated[bool, typer.Option('--once', help='Score what is there, and end.')]
+    help='Score the images that are there at the start, or skip them for good.')]
+Once = Annotated[bool, typer.Option('--once', help='Score the images that are there, and end.')]
 Every = Annotated[float, typer.Option(
     min=0.01, max=3600, help='Seconds from one look at the folder to the next.')]
 Patience = Annotated[float, typer.Option(

@@ -26,7 +26,7 @@ from .pictures import (
 _STEP = 0.1 # width of a bar
 
 def _ticks(values) -> np.ndarray:
-    "The numbers below a histogram, from its beginning to its end: 1/2 apart, or 1 if that is many."
+    "The numbers below a histogram, from its start to its end: 0.5 apart, or 1 if the range is above 3."
     low, high = np.clip([min(values), max(values)], -2, 4)
     apart = 0.5 if high - low <= 3 else 1
     first = min(np.floor(low / apart) * apart, 0)
@@ -38,7 +38,7 @@ def bars(
     low: float, # Where the first bar begins, a multiple of the width
     high: float, # Where the last one ends
 ) -> np.ndarray: # Counts; a value on an edge belongs to the bar on its left
-    "How many relative scores lie in each bar. 1 is not above the threshold."
+    "How many relative scores are in each bar. A score of 1 is not above the threshold."
     count = round((high - low) / _STEP)
     place = np.ceil(np.round((np.asarray(values) - low) / _STEP, 6)) - 1
     return np.bincount(place.clip(0, count - 1).astype(int), minlength=count)
@@ -71,7 +71,7 @@ def _axis(numbers, values) -> str:
     return f'<div class="axis" aria-hidden="true">{"".join(spans)}</div>'
 
 def histogram(
-    groups: dict[str, np.ndarray], # Name → relative scores; that of the calibration first
+    groups: dict[str, np.ndarray], # Name → relative scores; the calibration first
 ) -> str: # HTML
     "Relative scores of each group, below one another, with the threshold."
     groups = {name: values for name, values in groups.items() if len(values)}
@@ -84,7 +84,7 @@ def histogram(
             f'<div class="axis top"><span style="left:{_place(1, low, high)}">threshold</span></div>'
             f'{"".join(plots)}{_axis(ticks, every)}</div>'
             f'<figcaption>{MEANING[:1].upper()}{MEANING[1:]}. '
-            'Each group has its own height.</figcaption></figure>')
+            'Each group has its own vertical scale.</figcaption></figure>')
 
 # %% ../../nbs/deploy/08_report.ipynb #33a20b08
 def roc_points(
@@ -131,11 +131,11 @@ def confusion(
 
 # %% ../../nbs/deploy/08_report.ipynb #47db0838
 def _limits(count) -> tuple[int, int]:
-    "Longer side in pixels and bytes of a photo on a page of so many."
+    "Longer side in pixels, and most bytes, of each photo on a page of `count` photos."
     return (320, 14_000) if count <= 1000 else (224, 6_000)
 
 def _picture(row, i, scores, scale, config, limits) -> str:
-    "A photo and its map in base64; what the page must know of them goes into the row."
+    "A photo and its map in base64; their size and position go into the row."
     side, limit = limits
     photo, part = read_photo(scores.paths[i], config, side)
     row['size'], layer = photo.size, b''
@@ -147,13 +147,13 @@ def _picture(row, i, scores, scale, config, limits) -> str:
     return f'<script type="text/plain" id="p{i}">{" ".join(both)}</script>\n'
 
 def _shown_paths(paths) -> tuple[str, list[str]]:
-    "The folder that all images lie in, and their paths below it."
+    "The folder that holds all images, and their paths below it."
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     return top, [os.path.relpath(path, top) for path in paths]
 
 # %% ../../nbs/deploy/08_report.ipynb #0b3e3490
 def _about(detector, model, scale, paths) -> str:
-    "What a reader must know of the detector, as HTML."
+    "Facts about the detector, as HTML."
     config, calibration = detector.config, calibration_of(detector)
     fitted = getattr(detector, 'fitted_on', {}).get('images')
     top, _ = _shown_paths(paths)
@@ -170,7 +170,7 @@ def _about(detector, model, scale, paths) -> str:
     return f'<section class="about"><h2>The detector</h2><dl>{listed}</dl></section>'
 
 def _headline(rows, figures) -> str:
-    "What matters most, in a few words."
+    "The result in a few words."
     if figures:
         return (f'{counted(figures["misses"], "miss", "misses")} and '
                 f'{counted(figures["false_alarms"], "false alarm")} in {counted(len(rows), "image")}')
@@ -178,7 +178,7 @@ def _headline(rows, figures) -> str:
     return f'{flagged} of {counted(len(rows), "image")} flagged'
 
 def _facts(rows, figures, scale) -> str:
-    "What stands large above, as HTML."
+    "The large numbers at the top, as HTML."
     decisions = [row['decision'] for row in rows]
     flagged, unread = decisions.count('defective'), decisions.count(None)
     found = [('bad', flagged, 'flagged'), ('', len(rows) - flagged - unread, 'not flagged')]
@@ -194,7 +194,7 @@ def _facts(rows, figures, scale) -> str:
         for kind, value, name in found)
 
 def _figures(rows, scores, scale, calibration, figures) -> str:
-    "Histogram, and what labels add."
+    "The histogram and, with labels, the ROC curve."
     relative, labels = scale.relative(scores.image), np.array([row.get('label') for row in rows])
     read = ~np.isnan(relative)
     groups = {'calibration images': scale.relative(calibration.scores)}
@@ -205,7 +205,7 @@ def _figures(rows, scores, scale, calibration, figures) -> str:
 
 # %% ../../nbs/deploy/08_report.ipynb #1a721a94
 def _top_of_page(detector, scale, model, rows, scores, figures, notes) -> dict[str, str]:
-    "What is filled in above the images."
+    "The parts of the page above the images."
     import cse
     headline = _headline(rows, figures)
     kind = f'{"Evaluation" if figures else "Inspection"} with {model.resolve().name}'

@@ -30,15 +30,15 @@ _UNFINISHED = {'tmp', 'temp', 'part', 'partial'}
 
 def is_temporary(
     name: str, # Of a file or folder, without its path
-) -> bool: # Whether it is passed over
-    "Tell hidden names, and those of unfinished files, from images."
+) -> bool: # Whether it is skipped
+    "Whether a name is hidden, or that of an unfinished file."
     stem, *endings = name.lower().split('.')
     marked = '~' in (name[0], stem[-1:], name[-1])
     return marked or is_hidden(name) or not _UNFINISHED.isdisjoint(endings)
 
 # %% ../../nbs/deploy/09_watch.ipynb #fb0df1f2
 class Arrival(NamedTuple):
-    "An image file as it is found."
+    "An image file that was found."
     path: str # Below the folder
     size: int # Bytes
     written: int # Time of the last write, nanoseconds
@@ -46,16 +46,16 @@ class Arrival(NamedTuple):
 
     @property
     def identity(self) -> tuple[str, int, int]:
-        "What makes it another image."
+        "If it changes, the file is a new image."
         return self[:3]
 
     @property
     def is_renamed(self) -> bool:
-        "Whether it got its name after the last write."
+        "Whether the file got its name after the last write."
         return os.name == 'posix' and self.changed > self.written
 
 def _arrival(entry, path) -> Arrival | None:
-    "What `os.scandir` has found, None for what is no image file."
+    "A file that `os.scandir` found; None if it is not an image file."
     if os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES: return None
     if not entry.is_file(): return None
     status = entry.stat()
@@ -104,21 +104,21 @@ class Journal:
         self.unwritten = deque(maxlen=SPARE) # while the disk is full
 
     def load(self):
-        "Read the file. Raises `OSError`, and `ConfigError` for a file that is no journal."
+        "Read the file. Raises `OSError`, and `ConfigError` for a file that is not a journal."
         self.known, line, wrong = {hash(i) for i in self.unwritten}, b'\n', 0
         with suppress(FileNotFoundError), open(self.path, 'rb') as file:
             for line in file:
                 try: self.known.add(hash(tuple(json.loads(line))))
                 except (ValueError, TypeError): wrong += bool(line.strip())
         self.torn = not line.endswith(b'\n')
-        foreign = wrong and not self.known and not line.startswith(b'[') # a torn line is no foreign one
+        foreign = wrong and not self.known and not line.startswith(b'[') # a line cut off is not foreign
         if foreign or wrong > len(self.known) + 1:
-            raise ConfigError(f'{self.path}: is no journal of `cse watch`; expected one, or a new file')
+            raise ConfigError(f'{self.path}: is not a journal of `cse watch`; expected one, or a new file')
 
     def add(self,
         image: Arrival, # That is done
     ):
-        "Note an image. Raises `OSError` where the file cannot be written; it is noted there later."
+        "Note an image. Raises `OSError` if the file cannot be written; a later call writes the image."
         self.known.add(hash(image.identity))
         self.unwritten.append(image.identity)
         self.write()
@@ -142,13 +142,13 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        "Keep other processes away. Raises `ConfigError` where one has this journal."
+        "Keep other processes away. Raises `ConfigError` if one uses this journal."
         with ExitStack() as stack:
             try: stack.enter_context(locked(self.path, wait=0))
             except TimeoutError: raise ConfigError(
                 f'{self.path}: another `cse watch` works with this journal; '
-                'expected one at a time, or another file, see --journal') from None
-            self.load() # what another one has done
+                'stop it, or give another file with --journal') from None
+            self.load() # what the other process has done
             yield
 
     def forget(self,
@@ -160,7 +160,7 @@ class Journal:
     def __contains__(self, image: Arrival) -> bool: return hash(image.identity) in self.known
 
 # %% ../../nbs/deploy/09_watch.ipynb #61f85eab
-AT_ONCE = 1000 # images that one look takes up; the others wait in the folder
+AT_ONCE = 1000 # images that one look returns at most; the others wait in the folder
 
 def _age(image) -> tuple: return image.written, image.path
 
@@ -176,11 +176,11 @@ class Inbox:
         self.newest = None # images that are newer are left alone
 
     def _open(self):
-        "Read the journal where the folder is another one, such as a share that is back."
+        "Read the journal if the folder was replaced, such as by a share that is back."
         status = os.stat(self.folder)
         place = status.st_dev, status.st_ino
         if place == self.place: return
-        if self.place: note(f'{self.folder}: is another folder now, as when a share comes or goes')
+        if self.place: note(f'{self.folder}: is another folder now, as when a network share comes or goes')
         self.journal.load()
         self.place = place
 
@@ -219,7 +219,7 @@ def _names(target: Path) -> Iterator[Path]:
     for n in count(1): yield target.with_name(f'{target.stem}-{n}{target.suffix}')
 
 def _is_same(source, place) -> bool:
-    "Whether a file is an image that a move, cut off later, has brought there."
+    "Whether a file is a copy that an interrupted move of this image left."
     here, there = os.stat(source), os.lstat(place)
     if (here.st_size, here.st_mtime_ns) != (there.st_size, there.st_mtime_ns): return False
     return filecmp.cmp(source, place, shallow=False)
@@ -233,12 +233,12 @@ def _enter(source, target, give) -> Path:
         return place
 
 def _rename(source, place):
-    "As `os.link`, for disks on which a file has one name. Another program must not take it meanwhile."
+    "As `os.link`, for disks without links. Another program must not take the name meanwhile."
     if os.path.lexists(place): raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
     os.rename(source, place)
 
 def _copy(source, target) -> Path:
-    "Copy a file so that it appears whole."
+    "Copy a file. Its name appears when the copy is complete."
     number = crc32(os.fsencode(source.absolute()))
     copy = target.with_name(f'.{number:08x}.tmp') # the same after a restart
     try:
@@ -250,14 +250,14 @@ def _copy(source, target) -> Path:
     finally: copy.unlink(missing_ok=True)
 
 def _bring(source, target) -> Path:
-    "Give a file another place beside the one that it has."
-    if not source.is_symlink(): # which may be relative to where it lies
+    "Give a file a second name, or copy it."
+    if not source.is_symlink(): # a relative link would not lead to its file from there
         with suppress(OSError): return _enter(source, target, os.link)
     return _copy(source, target) # to another disk, or a file of another owner
 
 def move_image(
     source: Path, # An image
-    target: Path, # Where it goes; gets a number where there is a file already
+    target: Path, # Where it goes; gets a number if that file exists
 ) -> Path: # Where it is now
     "Move a file without overwriting another one. Raises `OSError`."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def move_image(
 
 def link_image(
     source: Path, # An image
-    target: Path, # Where the link goes; gets a number where there is another file already
+    target: Path, # Where the link goes; gets a number if another file is there
 ) -> Path: # Where it is
     "Link to a file without overwriting another one. Raises `OSError`."
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def image_row(
     calibration: Calibration | None, # Of the detector
     scale: Scale | None, # Of its decisions
 ) -> dict: # Plain JSON values, None for what is not known
-    "What is said about an image."
+    "The line of an image."
     row = dict(time=_now(), path=str(path)) | dict.fromkeys(_SAID)
     columns = score_columns([score], calibration, scale)
     return row | {name: value for name, (value,) in columns.items()}
@@ -301,7 +301,7 @@ def error_row(
     path: Path, # Of the image
     why: str, # A sentence
 ) -> dict: # Plain JSON values
-    "What is said about an image that cannot be read."
+    "The line of an image that cannot be read."
     return dict(time=_now(), path=str(path)) | dict.fromkeys(_SAID) | dict(error=why)
 
 # %% ../../nbs/deploy/09_watch.ipynb #1bd12e4e
@@ -309,25 +309,25 @@ BATCH = 16 # images that are scored together
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EAGAIN
 
 class Trouble:
-    "What goes wrong for a while: told when it begins, and when it is over."
+    "Problems that last for a while, reported when they begin and when they are over."
     def __init__(self): self.now = {}
 
     def begins(self,
         where: str, # A path
         sentence: str, # What is wrong
     ):
-        "Tell it, unless it is known."
+        "Report a problem, unless it was reported already."
         if self.now.get(where) != sentence: note(sentence)
         self.now[where] = sentence
 
     def ends(self,
         where: str, # A path
     ):
-        "Tell that it is over, if it was told that it began."
+        "Report that a problem is over, if its beginning was reported."
         if self.now.pop(where, None): note(f'{where}: works again')
 
 class Printer:
-    "Lines on standard output, each whole: Python itself drops what finds no room."
+    "Whole lines on standard output. Python itself drops what a full pipe does not take."
     def __init__(self): self.rest = b''
 
     def __call__(self,
@@ -360,21 +360,21 @@ class Outlet:
     def put(self,
         folder: Path, # That is watched
         image: Arrival, # That is done
-        row: dict, # What is said about it
+        row: dict, # Its line
     ):
         "Print, move or link, and note, in this order."
         self.unprinted = folder, image, row
         self.finish(json.dumps(row))
 
     def finish(self,
-        text: str = '', # A line, or the rest of one that found no room
+        text: str = '', # A line; empty for the rest of an earlier one
     ):
         "Print; where that succeeds, the image is done."
         try: self.emit(text)
         except OSError as e:
             if e.errno not in _FULL: raise
             where = 'standard output'
-            return self.trouble.begins(where, f'{where}: {_reason(e)}; waiting for room')
+            return self.trouble.begins(where, f'{where}: {_reason(e)}; waiting until lines can be printed')
         self.trouble.ends('standard output')
         (folder, image, row), self.unprinted = self.unprinted, None
         self.counts['unreadable' if 'error' in row else 'images'] += 1
@@ -388,7 +388,7 @@ class Outlet:
         try: self.keep(folder/image.path, self.flagged/image.path)
         except OSError as e:
             self.counts['left'] += 1
-            sentence = f'{self.flagged}: takes no flagged images ({_reason(e)}); they stay where they are'
+            sentence = f'{self.flagged}: takes no files ({_reason(e)}); flagged images stay where they are'
             self.trouble.begins(str(self.flagged), sentence)
         else: self.trouble.ends(str(self.flagged))
 
@@ -396,7 +396,7 @@ class Outlet:
         path = str(self.journal.path)
         try: self.journal.add(image)
         except OSError as e:
-            sentence = f'{path}: cannot be written ({_reason(e)}); images are scored all the same'
+            sentence = f'{path}: cannot be written ({_reason(e)}); scoring continues'
             self.trouble.begins(path, sentence)
         else: self.trouble.ends(path)
 
@@ -407,7 +407,7 @@ class Watcher:
         detector: Any, # Fitted; scores lists of paths
         inbox: Inbox, # Images to be scored
         outlet: Outlet, # Where they go
-        alpha: float | None = None, # False-alarm rate; None for 5 %, or what can be promised
+        alpha: float | None = None, # False-alarm rate; None for 5 %, or the smallest promised rate
         patience: float = 5, # Seconds after which an image that stays unreadable is given up
     ):
         self.detector, self.inbox, self.outlet, self.patience = detector, inbox, outlet, patience
@@ -415,7 +415,7 @@ class Watcher:
         self.scale, self.failing = scale_of(detector, alpha), {}
 
     def look(self,
-        is_over: Callable[[], bool] = lambda: False, # Asked after each batch
+        is_over: Callable[[], bool] = lambda: False, # Called after each batch
     ):
         "Score every image that is complete."
         if self.outlet.unprinted: self.outlet.finish()
@@ -432,7 +432,7 @@ class Watcher:
             return []
         trouble.ends(folder)
         for below, e in self.inbox.failed.items():
-            trouble.begins(below, f'{folder}/{below}: cannot be read ({_reason(e)}); passed over')
+            trouble.begins(below, f'{folder}/{below}: cannot be read ({_reason(e)}); skipped')
         waiting = set(self.inbox.waiting.values())
         self.failing = {i: since for i, since in self.failing.items() if i in waiting}
         return images
@@ -448,13 +448,13 @@ class Watcher:
             if self.outlet.unprinted: return
 
     def _is_changed(self, image, path) -> bool:
-        "Whether a file was written while it was scored. One that is gone was not."
+        "Whether a file was written while it was scored; False for a file that is gone."
         try: status = os.stat(path)
         except OSError: return False
         return (status.st_size, status.st_mtime_ns) != (image.size, image.written)
 
     def _row(self, image, path, score) -> dict | None:
-        "What is said about an image; None while there is hope that it will be readable."
+        "The line of an image; None while it may still become readable."
         if not np.isnan(score): return image_row(path, score, self.calibration, self.scale)
         now = time.monotonic()
         since = self.failing.setdefault(image.identity, now)
@@ -467,7 +467,7 @@ class Watcher:
 
 # %% ../../nbs/deploy/09_watch.ipynb #6e7dcb78
 @contextmanager
-def ending() -> Iterator[Callable[[], bool]]: # Tells whether the end was asked for
+def ending() -> Iterator[Callable[[], bool]]: # Whether the end was requested
     "Let SIGTERM and Ctrl-C end a loop; the second one raises `KeyboardInterrupt`."
     asked = []
     def ask(number, frame):
@@ -483,12 +483,12 @@ def open_inbox(
     folder: Path, # That images arrive in
     journal: Path | None = None, # The file; `.cse-watch.jsonl` in the folder if not given
     flagged: Path | None = None, # Where flagged images go; not searched
-    existing: bool = True, # Whether images are scored that are there already
+    existing: bool = True, # Whether to score the images that are there already
 ) -> Inbox:
-    "The images to be scored. Raises `DataError` and `ConfigError` for places that cannot be used."
+    "The images to be scored. Raises `DataError` and `ConfigError` for paths that cannot be used."
     existing_folder(folder, 'the folder that images arrive in')
     if flagged and folder.resolve().is_relative_to(flagged.resolve()):
-        raise ConfigError(f'{flagged}: holds the images; expected another folder for flagged ones')
+        raise ConfigError(f'{flagged}: contains the watched folder; expected another one for flagged images')
     if flagged: check_writable(flagged)
     journal = Journal(journal or folder/'.cse-watch.jsonl')
     try:
@@ -498,7 +498,7 @@ def open_inbox(
         for image in inbox.unknown() if not existing else (): journal.add(image)
     except OSError as e:
         raise ConfigError(f'{journal.path}: cannot be written ({_reason(e)}); '
-                          'expected another file, see --journal') from e
+                          'give another file with --journal') from e
     return inbox
 
 # %% ../../nbs/deploy/09_watch.ipynb #e0044625
@@ -515,7 +515,7 @@ def beginning(
     inbox, scale = watcher.inbox, watcher.scale
     known = sum(image in inbox.journal for image in arrivals(inbox.folder, inbox.passed_over, {}))
     rate = f'false-alarm rate {100 * scale.alpha:.3g} %' if scale else 'no decisions: not calibrated'
-    done = f'; {known:,} images there are done, as {inbox.journal.path} says' if known else ''
+    done = f'; {known:,} images are done already, see {inbox.journal.path}' if known else ''
     return f'watching {inbox.folder} ({rate}){done}; Ctrl-C ends'
 
 def summary(
@@ -525,13 +525,13 @@ def summary(
     "What a watch has done."
     parts = [f'{counts["images"]:,} images scored', f'{counts["flagged"]:,} flagged']
     if counts['unreadable']: parts.append(f'{counts["unreadable"]:,} unreadable')
-    if counts['left']: parts.append(f'{counts["left"]:,} of them not moved or linked')
+    if counts['left']: parts.append(f'{counts["left"]:,} flagged ones not moved or linked')
     return f'{", ".join(parts)} in {_seconds(seconds)}'
 
 # %% ../../nbs/deploy/09_watch.ipynb #ace9766e
 @contextmanager
 def _without_warnings():
-    "Silence warnings about images: each line says what there is to say."
+    "Silence warnings about images: the printed lines report the same."
     logger = logging.getLogger('cse')
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -28,7 +28,7 @@ def _checked(scores) -> np.ndarray:
             'calibration: got no scores; '
             'expected at least one')
     if not np.isfinite(scores).all():
-        raise CalibrationError('calibration: got scores that are no numbers; '
+        raise CalibrationError('calibration: got scores that are not numbers; '
                                'expected readable images only')
     return scores
 
@@ -56,7 +56,7 @@ class Calibration:
         self.peaks = None if peaks is None else _checked(peaks)
 
     def to_dict(self) -> dict[str, list | None]:
-        "What a saved detector holds of it."
+        "The values that a saved detector holds."
         peaks = None if self.peaks is None else self.peaks.tolist()
         return dict(calibration=self.scores.tolist(), peaks=peaks)
 
@@ -65,7 +65,7 @@ class Calibration:
         saved: dict, # Of `to_dict`, and whatever else a saved detector holds
         margin: float = 0, # By which another engine may round scores up, relative to the largest
     ) -> 'Calibration | None': # None for a detector that was not calibrated
-        "The calibration of a saved detector. What is within the margin counts as equal."
+        "The calibration of a saved detector. Scores within the margin count as equal."
         if not saved.get('calibration'): return None
         scores = np.array(saved['calibration'])
         return cls(scores + margin * np.abs(scores).max(), saved.get('peaks'))
@@ -80,7 +80,7 @@ class Calibration:
     def p_values(self,
         scores, # N anomaly scores
     ) -> np.ndarray: # N values in [1/(n+1), 1], small for anomalous images; NaN for NaN
-        "Share of good images that score as high, the image itself counted."
+        "Share of good images that score at least as high, the image itself counted."
         scores = _numbers(scores)
         above = len(self) - np.searchsorted(self.scores, scores, 'left')
         return np.where(
@@ -90,7 +90,7 @@ class Calibration:
     def allowed(self,
         alpha: float, # False-alarm rate, between 0 and 1
     ) -> int: # How many of the n images may reach the score of an image that is flagged
-        "Raises `CalibrationError` for a rate that needs more images, or is none."
+        "Raises `CalibrationError` for a rate that needs more images, or is not a rate."
         alpha = _share('alpha', alpha)
         count = math.floor(alpha * (len(self) + 1) + 1e-9) - 1
         if count >= 0: return count
@@ -130,7 +130,7 @@ class Calibration:
 
 # %% ../../nbs/extensions/00_decisions.ipynb #dec10008
 def _level(values, allowed) -> float:
-    "The value that so many are above."
+    "The value that `allowed` of the values are above."
     return float(values[len(values) - 1 - allowed])
 
 def _least(level) -> float:
@@ -138,13 +138,13 @@ def _least(level) -> float:
     return 1e-3 * max(abs(level), 1e-6)
 
 def _usual(values, threshold) -> float:
-    "The median; what is below the threshold, if that lies below the median."
+    "The median, or the highest value below the threshold if that is lower."
     below = values[values < threshold]
     highest = below[-1] if len(below) else threshold
     return float(min(np.median(values), highest, threshold - _least(threshold)))
 
 class Scale:
-    "Scores and maps relative to what good images show: 0 is usual, 1 is the threshold."
+    "Scores and maps relative to those of good images: 0 is usual, 1 is the threshold."
     def __init__(self,
         calibration: Calibration, # Of the detector
         alpha: float, # False-alarm rate of the threshold; a smaller one than can be promised is raised
@@ -169,7 +169,7 @@ class Scale:
     ) -> np.ndarray: # N×h×w in [0, 1]: 0 is transparent, 1 the full colour
         "How strongly maps are coloured. Raises `CalibrationError` for a detector without maps."
         if self.full is None:
-            raise CalibrationError('calibration: knows no maps; '
-                                   'expected one that was made with them, see `cse calibrate`')
+            raise CalibrationError('calibration: has no scale for maps; '
+                                   'run `cse calibrate` with a detector that has maps')
         span = max(self.full - self.transparent, _least(self.full))
         return ((maps - self.transparent) / span).clip(0, 1)

@@ -18,7 +18,7 @@ from ..defects import (
 # %% ../../nbs/fast/01_defects.ipynb #235488cc
 def perlin_noise(
     size: int, # Side of the square maps, pixels
-    cells: torch.Tensor, # N×2 lattice cells an axis (y, x), at most 32
+    cells: torch.Tensor, # N×2 lattice cells per axis (y, x), at most 32
     angles: torch.Tensor, # N×33×33 directions of the lattice vectors, radians
 ) -> torch.Tensor: # N×size×size noise, roughly in [-1, 1]
     "Gradient noise on many lattices."
@@ -58,7 +58,7 @@ def _draw_noise(size, generators, device):
 
 def draw_masks(
     size: int, # Side of the images, pixels
-    generators: list[torch.Generator], # N, one an image
+    generators: list[torch.Generator], # N, one per image
     device: torch.device | str = 'cpu', # Where the masks are made
 ) -> tuple[torch.Tensor, torch.Tensor]: # N×1×size×size masks of zeros and ones; N×size×size noise
     "Thresholded Perlin noise, drawn again until enough pixels are set (§3.1)."
@@ -164,7 +164,7 @@ def equalize(images, u, whole=None):
     "Each channel equalized at 256 levels, by the histogram of `whole` if given."
     whole = images if whole is None else whole
     channels = images.shape[0] * images.shape[1]
-    first = 256 * torch.arange(channels, device=images.device) # 256 places a channel
+    first = 256 * torch.arange(channels, device=images.device) # 256 places per channel
     first = first.view(-1, images.shape[1], 1, 1)
 
     def places(images): return (images * 255).round_().add_(first).int()
@@ -190,7 +190,7 @@ def augment(
     u: torch.Tensor, # N×3×3 numbers in [0, 1): the strengths of each of the three
     rows: bool = False, # Rows, not images
 ) -> list[torch.Tensor]: # N images or rows
-    "Up to three augmentations an image, one after the other."
+    "Up to three augmentations per image, one after the other."
     images, along = list(images), 3 if rows else 0
     for turn in range(3):
         for f in dict.fromkeys(o[turn] for o in order if o[turn]):
@@ -206,7 +206,7 @@ def augment(
     return images
 
 def _split(order, turns):
-    "What comes before a turn, and what from it on."
+    "The augmentations before a turn, and those from it on."
     before = [o[:t] + [None] * (3 - t) for o, t in zip(order, turns)]
     after = [[None] * t + o[t:] for o, t in zip(order, turns)]
     return before, after
@@ -288,7 +288,7 @@ def structural(
     return augment(rows, after, strengths, rows=True)
 
 # %% ../../nbs/fast/01_defects.ipynb #2e48311b
-_WHOLE = {sharpness: 1, autocontrast: 0, equalize: 0} # does the row come after, or already with it?
+_WHOLE = {sharpness: 1, autocontrast: 0, equalize: 0} # turns until a row is taken: after it, or before it
 
 def _last_whole(order):
     "The turn up to which an image is augmented whole."
@@ -347,7 +347,7 @@ def blurry(
 SOURCES = structural, textural, blurry # as in `KINDS`
 
 def _draw(generators):
-    "What `Draws` holds, as numbers in [0, 1), N×89."
+    "The numbers of `Draws`, N×89 in [0, 1)."
     rows = [torch.rand(25 + GRID**2, generator=g) for g in generators]
     return torch.stack(rows)
 
@@ -387,14 +387,14 @@ class FastDefectGenerator(DefectGenerator):
 
     def sources(self,
         images: torch.Tensor, # N×3×H×W in [0, 1]
-        generators: list[torch.Generator], # N, one an image
+        generators: list[torch.Generator], # N, one per image
     ) -> tuple[torch.Tensor, torch.Tensor]: # N×3×H×W sources S; N kinds, places in `KINDS`
-        "What is pasted into each image, everywhere."
+        "The source of each defect, on the whole image."
         return self._paste(images, _draw(generators), torch.ones_like(images[:, :1]))
 
     def __call__(self,
         images: torch.Tensor, # N×3×H×W in [0, 1], H = W a multiple of 8
-        generator: Generators, # One for all, or one an image
+        generator: Generators, # One for all, or one per image
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Corrupted images; N×1×H×W masks; N kinds
         "Corrupt every image of a batch. Raises `DataError` for images of another form."
         generators = one_each(generator, len(images))

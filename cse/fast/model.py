@@ -13,7 +13,7 @@ from ..model import Embedder, resize_map
 
 # %% ../../nbs/fast/04_model.ipynb #3687ed59
 def mix(
-    features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
+    features: list[torch.Tensor], # One map per layer, N×C×H×W, finest first
     weight: torch.Tensor, # c_out×(sum of channels)×1×1
     channels: list[int], # Channels of each map
 ) -> torch.Tensor: # N×c_out×H×W of the finest map's size
@@ -32,7 +32,7 @@ class FastEmbedder(Embedder):
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
-        features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
+        features: list[torch.Tensor], # One map per layer, N×C×H×W, finest first
     ) -> tuple[torch.Tensor, torch.Tensor]: # u: N×dim×H×W; z: N×dim×H/2×W/2
         conv, relu, norm = self.blocks[0]
         u = self.blocks[1:](norm(relu(mix(features, conv.weight, self.channels))))
@@ -58,7 +58,7 @@ def _fold(embedder):
 class FoldedEmbedder(nn.Module):
     "One embedder or several side by side for inference, from feature maps to z."
     def __init__(self,
-        *embedders: Embedder, # With their final weights, alike in shape
+        *embedders: Embedder, # With their final weights, of equal shape
     ):
         super().__init__()
         self.channels, self.count = embedders[0].channels, len(embedders)
@@ -69,7 +69,7 @@ class FoldedEmbedder(nn.Module):
             self.register_buffer(name, joined.detach().float())
 
     def forward(self,
-        features: list[torch.Tensor], # A map a layer, N×C×H×W, finest first
+        features: list[torch.Tensor], # One map per layer, N×C×H×W, finest first
     ) -> torch.Tensor: # z: N×dim×H/2×W/2; of several, one after the other along the channels
         h = F.relu(mix(features, self.w1, self.channels))
         h = F.relu(F.conv2d(h, self.w2, self.b2, groups=self.count))

@@ -14,7 +14,7 @@ from ..data.forks import between_forks, keep_in_children
 # %% ../../nbs/fast/00_openvino.ipynb #0b0e000f
 @contextmanager
 def no_telemetry():
-    "Let OpenVINO report nothing during the block under `with`."
+    "Turn off the telemetry of OpenVINO during the block under `with`."
     before = os.environ.get('CI')
     os.environ['CI'] = 'true'
     try: yield

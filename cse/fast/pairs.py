@@ -26,7 +26,7 @@ def needs_two_pairs(
     return decodes and config.decoder != 'none' and extractor.strides[-1] >= config.crop
 
 # %% ../../nbs/fast/06_pairs.ipynb #f085853c
-AHEAD = 8 # steps whose corrupted images pass the extractor together
+AHEAD = 8 # steps whose corrupted images pass through the extractor together
 
 class CachedPairs(PairSampler):
     "The same pairs as `PairSampler` supplies, faster."
@@ -46,7 +46,7 @@ class CachedPairs(PairSampler):
         self.needs_two = needs_two_pairs(extractor, config, decodes)
 
     def batches(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
-        "Indices of each step. A single last pair joins the step before where a step needs two."
+        "Indices of each step. If a step needs two pairs, a single last pair joins the step before."
         parts = super().batches(indices)
         if not self.needs_two or len(parts) < 2 or len(parts[-1]) > 1: return parts
         return *parts[:-2], torch.cat(parts[-2:])
@@ -61,7 +61,7 @@ class CachedPairs(PairSampler):
         indices: torch.Tensor, # The second images of some pairs
         *purpose, # What they are for: words and numbers
     ) -> tuple[Features, torch.Tensor]: # Their features; which of them are defective
-        "Features of second images; only corrupted ones pass the extractor."
+        "Features of second images; only corrupted ones pass through the extractor."
         generators, defective = self.draw(indices, *purpose)
         features = self.features(indices)
         if defective.any():
@@ -88,7 +88,7 @@ class CachedPairs(PairSampler):
             features, defective = self.partners(second[torch.cat(ahead)], 'training', epoch)
             for i in ahead:
                 rows = i - ahead[0][0]
-                with self.clock('embedder'): # the time until the next batch is asked for
+                with self.clock('embedder'): # the time until the next batch is requested
                     yield self.features(first[i]), [f[rows] for f in features], defective[rows]
 
     def validation(self, epoch: int) -> Iterator[Pairs]:
