@@ -56,7 +56,7 @@ def tables(
     as_json: Json = False,
 ):
     """Regenerate tables of the paper, and say how close they are to the reference. Interrupted work
-    is taken up.
+    is resumed.
 
     Example: cse tables 1 --data mvtec_ad --textures dtd/images --profile paper --seeds 3
     """
