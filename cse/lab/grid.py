@@ -286,7 +286,7 @@ def grid(
     scheduler: str = 'local', # Or 'processes:4', …
     patience: float = 6 * 3600, # As for `run_tasks`
     results: str | Path = 'results', # Folder of results
-    force: bool = False, # Run again what is on record
+    force: bool = False, # Also repeat runs that are on record
     **kw: object, # More arguments of `run`
 ) -> list[dict]: # Records, in the order of the grid
     "Run all combinations. Raises `GridError` at the end if some failed."

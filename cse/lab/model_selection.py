@@ -517,7 +517,7 @@ def _milliseconds(tested):
 def model_selection_table(
     tested: pd.DataFrame, # The tests
 ) -> Markdown: # A table in Markdown
-    "AUROC in percent, mean and standard deviation over seeds, and ms an image."
+    "AUROC in percent, mean and standard deviation over seeds, and ms per image."
     times = _milliseconds(tested)
     cells = times.map(lambda ms: '–' if np.isnan(ms) else f'{ms:.1f}')
     frame = marked(spread_frame(tested, 'method')).assign(ms=cells)

@@ -381,7 +381,7 @@ def run_table(
     methods: list | str = 'cse', # Names, or 'all'
     seeds: int | list | str = 1, # Number, or a list
     results: str = '', # Empty for a temporary folder
-    force: bool = False, # Run again what is on record
+    force: bool = False, # Also repeat runs that are on record
     device: str = 'auto', # Where to compute
     scheduler: str = 'local', # Or 'processes:4', …
 ) -> list[dict]: # Records

@@ -104,7 +104,7 @@ def _timing_facts(record):
             '5th to 95th percentile',
             f'{m["latency_low_ms"]:.1f}–{m["latency_high_ms"]:.1f} ms'
         ),
-        ('Frames a second', f'{m["fps"]:.1f}'),
+        ('Frames per second', f'{m["fps"]:.1f}'),
         ('File to score', f'{m["file_latency_ms"]:.1f} ms')]
     calls = [
         ('tensor to score', _four(timing['model_ms'])),
@@ -327,7 +327,7 @@ def _speed_series(runs):
     ) for kind, words in kinds.items()]
 
 def _auroc_series(runs, categories, published):
-    "Points of the plots of AUROC: one series a method."
+    "Points of the plots of AUROC: one series per method."
     series = []
     for method, some in runs.items():
         paper = [(categories.index(row.category), row.published)

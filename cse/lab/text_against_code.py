@@ -183,7 +183,7 @@ def _interval(differences):
     return np.mean(differences), half
 
 def _summary(pairs):
-    "Differences of one row, by surface and in the mean."
+    "Differences of one row, by surface and on average."
     surfaces = pairs.groupby('category', sort=False).difference.mean()
     several = len(surfaces) > 1
     mean, half = _interval(surfaces if several else pairs.difference)
