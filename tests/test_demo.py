@@ -1,4 +1,4 @@
-"The demo page: what it says about an image, and that it works in a browser without loading anything else."
+"The demo page: what it says about an image, and that it works in a browser and loads nothing else."
 import asyncio
 import json
 import os

@@ -1,4 +1,4 @@
-"The detector in use: inputs of all kinds, decisions, interrupted training runs, saved files, the command line."
+"The detector in use: all kinds of input, decisions, interrupted training runs, saved files, commands."
 import copy
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"`cse fit` for an engineer: what it says first, what it holds out, what it refuses, and what it leaves behind."
+"`cse fit` for an engineer: what it says first, what it holds out, what it refuses, what it leaves behind."
 import json
 import shutil
 import sys
