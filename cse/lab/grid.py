@@ -266,7 +266,7 @@ def check_grid(
     if not (names and methods and seeds):
         raise ConfigError(
             f'nothing to run: categories {names}, '
-            f'methods {methods}, seeds {seeds}')
+            f'methods {methods}, seeds {seeds}; expected at least one of each')
     _check_methods(methods, config)
     as_scheduler(scheduler)
     if scheduler == 'local':

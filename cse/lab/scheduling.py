@@ -146,7 +146,7 @@ def _processes(count, gpus):
         except RuntimeError as e:
             raise ConfigError(
                 f'scheduler=processes:{len(options)}: the processes did not start ({e}). '
-                f'If a script starts them: {_GUARD}') from None
+                f'If a script makes this call: {_GUARD}') from None
         try: yield cluster
         finally:
             _close(cluster, others)
@@ -163,7 +163,7 @@ def is_guarded(
         if any(w in words for w in ('__main__', 'MainProcess', 'parent_process')): return True
     return False
 
-_GUARD = "expected a file, with the line under `if __name__ == '__main__':`"
+_GUARD = "expected a script file, with this call under `if __name__ == '__main__':`"
 
 def _line_of(script):
     "The running line of a script, None if another thread runs it."
