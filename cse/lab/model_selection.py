@@ -226,7 +226,7 @@ def _evidence_config(settings, device):
     for name in GRID.keys() & own.keys():
         raise ConfigError(
             f'settings: {name}={own[name]!r} '
-            'differs between candidates; '
+            'is varied between the candidates; '
             'expected other settings')
     most = dict(device=device, embedders=max(GRID['embedders']))
     return HybridConfig.smoke(**most | own)
