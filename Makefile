@@ -54,7 +54,8 @@ test: $(READY)
 	$(call takes,)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+# some tests wait for processes, so three workers keep two cores busy
+	OMP_NUM_THREADS=1 timeout 1800 $(BIN)/python -m pytest -q -n 3 --dist loadfile tests
 
 tables: $(READY)
 	$(call takes,PROFILE TABLES TILDA EXTRACTOR WEIGHTS METHODS SCHEDULER FRESH $(COMMON))

@@ -29,19 +29,19 @@ class Classifier(nn.Module):
             self.embedder, self.unit = embedder, nn.Linear(dim, 1)
 
     def forward(self,
-        features: Features, # A map a layer, N×C×H×W, finest first
+        features: Features, # A map per layer, N×C×H×W, finest first
     ) -> tuple[torch.Tensor, torch.Tensor]: # N logits, above 0 for defective; z: N×dim×H×W
         z = self.embedder(features)[1]
         return self.unit(z.mean((2, 3)))[:, 0], z
 
 def classifier_losses(
     classifier: Classifier, # Being trained
-    decoder: None, # There is none
-    first: Features, # Of the first images, which it does not need
-    second: Features, # Of the second images
+    decoder: None, # Not used
+    first: Features, # Features of the first images, not used
+    second: Features, # Features of the second images
     defective: torch.Tensor, # Which of them are corrupted
     config: Config, # Every setting
-) -> tuple[torch.Tensor, torch.Tensor]: # One loss an image; embeddings z
+) -> tuple[torch.Tensor, torch.Tensor]: # One loss per image; embeddings z
     "Cross-entropy of the second images of the pairs (§5.1)."
     logits, z = classifier(second)
     return F.binary_cross_entropy_with_logits(logits, defective.float(), reduction='none'), z
@@ -56,7 +56,7 @@ class ClassifierHead(nn.Module):
         self.embedder, self.unit = FoldedEmbedder(classifier.embedder), classifier.unit
 
     def forward(self,
-        *features: torch.Tensor, # A map a layer, N×C×H×W, finest first
+        *features: torch.Tensor, # A map per layer, N×C×H×W, finest first
     ) -> tuple[torch.Tensor, torch.Tensor]: # N logits; N×h×w maps whose means are the logits
         weight = self.unit.weight[:, :, None, None]
         maps = F.conv2d(self.embedder(features), weight, self.unit.bias)[:, 0]
@@ -65,7 +65,7 @@ class ClassifierHead(nn.Module):
 class ClassifierDetector(Detector):
     "Anomaly detection by a binary classifier (§5.1)."
     classifier: Classifier | None = None # Of a fitted detector
-    decodes = False # there is no decoder
+    decodes = False # no decoder
 
     def _learn(self, cache, defects, session):
         device = self.extractor.device

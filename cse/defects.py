@@ -21,7 +21,7 @@ from .data.lazy import Lazy
 from .data.textures import Textures, check_textures, load_textures
 
 # %% ../nbs/02_defects.ipynb #aa0102be
-LATTICE = 33 # points an axis that 2⁵ cells need
+LATTICE = 33 # points per axis for 2⁵ cells
 
 def fade(t: torch.Tensor) -> torch.Tensor:
     "The smooth curve by which Perlin noise blends its corners."
@@ -29,7 +29,7 @@ def fade(t: torch.Tensor) -> torch.Tensor:
 
 def perlin_noise(
     size: int, # Side of the square map, pixels
-    cells: tuple[int, int], # Lattice cells an axis (y, x), at most 32
+    cells: tuple[int, int], # Lattice cells per axis (y, x), at most 32
     angles: torch.Tensor, # 33×33 directions of the lattice vectors, radians
 ) -> torch.Tensor: # size×size noise, roughly in [-1, 1]
     "Gradient noise on a lattice (Perlin 1985), as DRAEM uses it for defect masks (§3.1)."
@@ -130,7 +130,7 @@ def levels(image: torch.Tensor) -> torch.Tensor:
     return (image * 255).round().byte()
 
 def gamma(image, u):
-    return image ** (0.5 + 1.5 * u.view(3, 1, 1)) # one exponent a channel
+    return image ** (0.5 + 1.5 * u.view(3, 1, 1)) # one exponent per channel
 
 def multiply_add(image, u):
     factor = between(u[0], 0.8, 1.2)
@@ -174,18 +174,18 @@ def augment(
     return image
 
 # %% ../nbs/02_defects.ipynb #cc38e632
-GRID = 8 # cells a side of the structural shuffle
+GRID = 8 # cells per side in the structural shuffle
 KINDS = 'structural', 'textural', 'blurry'
 
 @dataclass
 class Draws:
-    "What is drawn for one source (§3.1)."
-    kind: int # Place in `KINDS`
+    "The random numbers of one source (§3.1)."
+    kind: int # Index in `KINDS`
     choice: float # Which texture, or which size of the blur's kernel; in [0, 1)
     structural: list # Three augmentations of `STRUCTURAL`
     textural: list # Three augmentations of `TEXTURAL`
     strengths: torch.Tensor # 3×3 numbers in [0, 1)
-    cells: torch.Tensor # 64 places, a permutation
+    cells: torch.Tensor # A permutation of the 64 cells
 
     @classmethod
     def make(cls, generator: torch.Generator) -> 'Draws':
@@ -202,7 +202,7 @@ class Draws:
 # %% ../nbs/02_defects.ipynb #8f721361
 def shuffle(
     image: torch.Tensor, # 3×side×side, the side a multiple of 8
-    order: torch.Tensor, # 64 places: which cell comes first, and so on
+    order: torch.Tensor, # A permutation: which of the 64 cells comes first, and so on
 ) -> torch.Tensor: # 3×side×side
     "The image cut into 8×8 cells that are put together in another order."
     side = image.shape[-1] // GRID
@@ -227,7 +227,7 @@ def blurry(image: torch.Tensor, draws: Draws) -> torch.Tensor:
     return tv.gaussian_blur(image, [side, side], [6., 6.])
 
 # %% ../nbs/02_defects.ipynb #6aee8ebd
-Generators = torch.Generator | list[torch.Generator] # one for all, or one an image
+Generators = torch.Generator | list[torch.Generator] # one for all, or one per image
 
 def one_each(generator: Generators, count: int) -> list[torch.Generator]:
     "A generator for each image."
@@ -236,7 +236,7 @@ def one_each(generator: Generators, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(s)) for s in seeds]
 
 def _check_images(images, generators):
-    "Raise `DataError` for images of another form, or another number of generators."
+    "Raise `DataError` for images of a wrong shape, or a wrong number of generators."
     shape, count = tuple(images.shape), len(generators)
     batch = len(shape) == 4 and shape[1] == 3
     if not batch or shape[2] != shape[3] or shape[2] % GRID:
@@ -264,13 +264,13 @@ class DefectGenerator:
         config: Config, # Size, channels and colour of textures
         textures: Textures | None = None, # Built-in ones if not given or empty
     ) -> 'DefectGenerator':
-        "The generator that a detector with these settings trains on."
+        "The generator that a detector with these settings trains with."
         textures = load_textures(textures, config)
         return cls(textures, config.texture_channels, config.grey_textures)
 
     def texture(self,
-        place: int, # Which one
-        side: int, # To which side it is resized, pixels
+        place: int, # Index of the texture
+        side: int, # Side to which it is resized, pixels
     ) -> torch.Tensor: # 3×H×W in [0, 1]
         "One of the textures."
         chosen = torch.as_tensor(self.textures[place])
@@ -283,9 +283,9 @@ class DefectGenerator:
 
     def source(self,
         image: torch.Tensor, # 3×H×W in [0, 1]
-        draws: Draws, # What is random about it
+        draws: Draws, # Its random numbers
     ) -> torch.Tensor: # 3×H×W in [0, 1]
-        "What is pasted into an image."
+        "The source that is pasted into an image."
         kind = KINDS[draws.kind]
         if kind == 'structural': return structural(image, draws)
         if kind == 'blurry': return blurry(image, draws)
@@ -297,7 +297,7 @@ class DefectGenerator:
     def corrupt(self,
         image: torch.Tensor, # 3×H×W in [0, 1]
         generator: torch.Generator, # Source of every draw
-    ) -> tuple[torch.Tensor, torch.Tensor, int]: # Corrupted image; mask; place in `KINDS`
+    ) -> tuple[torch.Tensor, torch.Tensor, int]: # Corrupted image; mask; index in `KINDS`
         "One image with a synthetic defect."
         draws = Draws.make(generator)
         mask, _ = draw_mask(image.shape[-1], generator)
@@ -306,9 +306,9 @@ class DefectGenerator:
 
     def __call__(self,
         images: torch.Tensor, # N×3×H×W in [0, 1], H = W a multiple of 8
-        generator: Generators, # One for all, or one an image
+        generator: Generators, # One for all, or one per image
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Corrupted images; N×1×H×W masks; N kinds
-        "Corrupt every image of a batch. Raises `DataError` for images of another form."
+        "Corrupt every image of a batch. Raises `DataError` for images of a wrong shape."
         generators = one_each(generator, len(images))
         _check_images(images, generators)
         pairs = zip(images.cpu(), generators)

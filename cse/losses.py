@@ -45,7 +45,7 @@ def contrastive_cosine_loss(
 
 # %% ../nbs/05_losses.ipynb #50bbb2ef
 def decoder_loss(
-    reconstructed: list[torch.Tensor], # A map a layer, N×C×H×W
+    reconstructed: list[torch.Tensor], # A map per layer, N×C×H×W
     features: list[torch.Tensor], # The maps to be rebuilt, of the same shapes
 ) -> torch.Tensor: # N values in [0, 2]
     "Reconstruction loss of the decoder (Eqs. 3–5)."
@@ -56,7 +56,7 @@ def decoder_loss(
 
 # %% ../nbs/05_losses.ipynb #5941976f
 def total_loss(
-    contrastive: torch.Tensor, # N values, one a pair (Eq. 2)
+    contrastive: torch.Tensor, # N values, one per pair (Eq. 2)
     reconstruction: torch.Tensor | None, # N values (Eq. 5); None without a decoder
     weight: float = 10, # λ
 ) -> torch.Tensor: # N values
@@ -66,7 +66,7 @@ def total_loss(
 
 # %% ../nbs/05_losses.ipynb #87bf39a1
 def reduce_loss(
-    losses: torch.Tensor, # N values, one a pair
+    losses: torch.Tensor, # N values, one per pair
     how: str = 'sum', # 'sum' or 'mean'
 ) -> torch.Tensor: # One value
     "Reduce the losses of a batch."

@@ -70,8 +70,8 @@ def _area(
     return wins / (2 * len(defective) * len(good))
 
 def auroc(
-    labels: ArrayLike, # One 0 (good) or 1 (defective) a sample
-    scores: ArrayLike, # One anomaly score a sample; higher is more anomalous
+    labels: ArrayLike, # One 0 (good) or 1 (defective) per sample
+    scores: ArrayLike, # One anomaly score per sample; higher is more anomalous
 ) -> float: # Area under the ROC curve, in [0, 1]
     "Probability that a defective sample scores above a good one. Raises `MetricError`."
     labels, scores = _labels_and_scores(labels, scores)
@@ -86,8 +86,8 @@ def _logit_interval(area: float, error: float, level: float) -> tuple[float, flo
     return tuple(1 / (1 + math.exp(-(centre + side * width))) for side in (-1, 1))
 
 def auroc_interval(
-    labels: ArrayLike, # One 0 (good) or 1 (defective) a sample
-    scores: ArrayLike, # One anomaly score a sample
+    labels: ArrayLike, # One 0 (good) or 1 (defective) per sample
+    scores: ArrayLike, # One anomaly score per sample
     level: float = 0.95, # Confidence level, between 0 and 1
 ) -> tuple[float, float]: # Lower and upper limit, in [0, 1]
     "DeLong's interval on the logit scale; at 0 and 1 the exact binomial bound. Raises `MetricError`."
@@ -141,7 +141,7 @@ def _gain(
     values: np.ndarray, # Scores of defective pixels
     good: np.ndarray, # Sorted scores of all good pixels
     limit: float, # L
-) -> np.ndarray: # g, one a value
+) -> np.ndarray: # g, one per value
     "What each defective pixel adds to the area under the PRO curve up to `limit`."
     sides = 'right', 'left'
     a, b = (1 - np.searchsorted(good, values, side) / len(good) for side in sides)
@@ -153,7 +153,7 @@ def _gain(
 def aupro(
     masks: ArrayLike, # N×H×W, 1 where a pixel is defective; all 0 for a good image
     maps: ArrayLike, # N×H×W anomaly maps; higher is more anomalous
-    max_fpr: float = 0.3, # L, the false-positive rate up to which is integrated
+    max_fpr: float = 0.3, # L, the false-positive rate at which the integral ends
 ) -> float: # In [0, 1]
     "Area under the per-region-overlap curve (Bergmann et al., 2021), exact. Raises `MetricError`."
     from skimage.measure import label

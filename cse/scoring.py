@@ -35,7 +35,7 @@ class MemoryBank(nn.Module):
         clusters: int = 1, # k
         prototype: str = 'centre', # 'centre' of a cluster, or the training sample 'nearest' to it
         axis: str = 'positions', # What the cosine runs over
-        reduction: str = 'min', # Which distance counts: 'min' or 'max'
+        reduction: str = 'min', # Which distance is the score: 'min' or 'max'
     ):
         if clusters < 1: raise ConfigError(f'clusters={clusters}: expected at least 1')
         if prototype not in ('centre', 'nearest'):
@@ -96,9 +96,9 @@ class MemoryBank(nn.Module):
 def enlarge_maps(
     maps: torch.Tensor, # N×h×w
     size: int, # Side of the images, pixels
-    sigma: float = 4, # Of the Gaussian, pixels; 0 for none
+    sigma: float = 4, # σ of the Gaussian, pixels; 0 for none
 ) -> torch.Tensor: # N×size×size
-    "Bring coarse maps to image size: bilinear, then a Gaussian."
+    "Bring coarse maps to image size: bilinear interpolation, then a Gaussian."
     out = F.interpolate(maps[:, None], (size, size), mode='bilinear', align_corners=False)
     radius = min(int(4 * sigma + 0.5), size - 1)
     if not radius: return out[:, 0]

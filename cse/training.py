@@ -23,7 +23,7 @@ from .losses import contrastive_cosine_loss, decoder_loss, reduce_loss, total_lo
 
 # %% ../nbs/06_training.ipynb #020d1424
 def pair_splits(
-    count: int, # Of defect-free images
+    count: int, # Number of defect-free images
     config: Config, # Every setting
     seed: int, # Seed of the run
 ) -> tuple: # Training indices of the first and second images, then their validation indices
@@ -49,7 +49,7 @@ def pair_up(
     return first, first.roll(int(torch.randint(1, n, (), generator=generator)))
 
 # %% ../nbs/06_training.ipynb #0240d03c
-Features = list[torch.Tensor] # a map a layer, N×C×H×W, finest first
+Features = list[torch.Tensor] # a map per layer, N×C×H×W, finest first
 Pairs = tuple[Features, Features, torch.Tensor] # of both images; which second ones are defective
 
 class PairSampler:
@@ -67,7 +67,7 @@ class PairSampler:
         self.train_indices, self.validation_indices = splits[:2], splits[2:]
 
     def __len__(self) -> int:
-        "Training steps an epoch."
+        "Training steps per epoch."
         return len(self.batches(self.train_indices[0]))
 
     def batches(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -80,8 +80,8 @@ class PairSampler:
 
     def draw(self,
         indices: torch.Tensor, # Second images
-        *purpose, # Words and numbers
-    ) -> tuple[list[torch.Generator], torch.Tensor]: # A generator an image; which to corrupt
+        *purpose, # Words and numbers for the seed
+    ) -> tuple[list[torch.Generator], torch.Tensor]: # A generator per image; which to corrupt
         "Decide which images are corrupted (§3.2)."
         seed = self.config.source_seed(self.seed, 'defects')
         generators = [seeded(seed, *purpose, i) for i in indices.tolist()]
@@ -90,7 +90,7 @@ class PairSampler:
 
     def partners(self,
         indices: torch.Tensor, # Second images
-        *purpose, # Words and numbers
+        *purpose, # Words and numbers for the seed
     ) -> tuple[Features, torch.Tensor]: # Their features; which of them are defective
         "Features of second images, some of them corrupted (§3.2)."
         generators, defective = self.draw(indices, *purpose)
@@ -106,13 +106,13 @@ class PairSampler:
         return pair_up(*self.train_indices, seeded(seed, 'pairs', epoch))
 
     def training(self, epoch: int) -> Iterator[Pairs]:
-        "Batches of training pairs."
+        "Training pairs, batch by batch."
         first, second = self.pair_up(epoch)
         for i, j in zip(self.batches(first), self.batches(second)):
             yield self.features(i), *self.partners(j, 'training', epoch)
 
     def validation(self, epoch: int) -> Iterator[Pairs]:
-        "Batches of validation pairs, with the same defects every epoch or new ones."
+        "Validation pairs, batch by batch, with the same defects every epoch or new ones."
         first, second = pair_up(*self.validation_indices, None)
         purpose = ['validation']
         if self.config.validation_defects != 'fixed': purpose.append(epoch)
@@ -120,7 +120,7 @@ class PairSampler:
             yield self.features(i), *self.partners(j, *purpose)
 
     def single(self, epoch: int) -> Iterator[Features]:
-        "Batches of defect-free training images alone."
+        "Features of defect-free training images, batch by batch."
         train = self.train_indices[0]
         generator = seeded(self.config.source_seed(self.seed, 'order'), 'decoder', epoch)
         order = train[torch.randperm(len(train), generator=generator)]
@@ -130,11 +130,11 @@ class PairSampler:
 def pair_losses(
     embedder: Embedder, # Being trained
     decoder: Decoder | None, # If any
-    first: Features, # Defect-free ones
-    second: Features, # Of their partners
-    defective: torch.Tensor, # Which partners
+    first: Features, # Features of the first images, defect-free
+    second: Features, # Features of the second images
+    defective: torch.Tensor, # Which second images are corrupted
     config: Config, # Every setting
-) -> tuple[torch.Tensor, torch.Tensor]: # One loss a pair (Eq. 6); embeddings z of the first images
+) -> tuple[torch.Tensor, torch.Tensor]: # One loss per pair (Eq. 6); embeddings z of the first images
     "Loss of each pair."
     (u, z), (_, z2) = embedder(first), embedder(second)
     contrastive = contrastive_cosine_loss(z, z2, defective, config.train_axis)
@@ -147,7 +147,7 @@ PairLosses = Callable[..., tuple[torch.Tensor, torch.Tensor]] # a function like 
 def collapse_statistics(
     z: torch.Tensor, # N×C×H×W embeddings
 ) -> dict[str, float]: # variance and between_images in [0, 1], dimensions in [1, C]
-    "How far an embedding has collapsed; NaN where its squares are no finite numbers."
+    "How far an embedding has collapsed; NaN where its squares are not finite."
     mean = z.mean((0, 2, 3), keepdim=True)
     centred = z - mean
     spread = centred.square().mean().clamp(min=1e-12)
@@ -165,10 +165,10 @@ def collapse_statistics(
 # %% ../nbs/06_training.ipynb #4f36608a
 def make_optimizer(
     network: nn.Module, # Trained
-    decoder: Decoder | None, # Trained too
+    decoder: Decoder | None, # Trained too; None if it is frozen or absent
     config: Config, # Every setting
-    steps: int, # Of the whole run
-    adam: type[torch.optim.Adam] = torch.optim.Adam, # Or one like it
+    steps: int, # Steps of the whole run
+    adam: type[torch.optim.Adam] = torch.optim.Adam, # Or a compatible class
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]: # Optimiser and schedule
     "Adam and a one-cycle schedule over all steps (§4.1)."
     groups = [dict(params=list(network.parameters()), weight_decay=config.weight_decay)]
@@ -189,14 +189,14 @@ def update(optimizer, schedule, loss: torch.Tensor):
 
 # %% ../nbs/06_training.ipynb #34c2c296
 class TrainingError(RuntimeError):
-    "Raised when training diverges, or cannot be taken up again."
+    "Raised when training diverges, or cannot be resumed."
 
 def _initialised(make, seed, purpose):
-    "A module whose initial weights depend on the seed and the purpose alone."
+    "A module whose initial weights depend only on the seed and the purpose."
     with seeded_weights(seed_for(seed, purpose)): return make()
 
 def make_embedder(
-    channels: list[int], # One a feature map
+    channels: list[int], # One number per feature map
     config: Config, # Every setting
     seed: int, # Seed of the run
     kind: type[Embedder] = Embedder,
@@ -206,7 +206,7 @@ def make_embedder(
     return _initialised(lambda: kind(channels, config.embedding_dim), seed, 'embedder')
 
 def make_decoder(
-    channels: list[int], # One a feature map
+    channels: list[int], # One number per feature map
     config: Config, # Every setting
     seed: int, # Seed of the run
 ) -> Decoder | None: # With its initial weights; None for the mode 'none'
@@ -218,9 +218,9 @@ def make_decoder(
 def prepare_decoder(
     decoder: Decoder | None, # Untrained
     embedder: Embedder, # Untrained; 'pretrained' trains a copy
-    pairs: PairSampler, # Their source
+    pairs: PairSampler, # Source of training images
     config: Config, # Every setting
-) -> Decoder | None: # As it enters the training run
+) -> Decoder | None: # Ready for the training run
     "The decoder for one of the four modes (§5.2, Table 5)."
     if decoder is None or config.decoder == 'joint': return decoder
     if config.decoder == 'pretrained':
@@ -229,8 +229,8 @@ def prepare_decoder(
 
 def pretrain_decoder(
     decoder: Decoder, # Trained in place
-    embedder: Embedder, # Thrown away after
-    pairs: PairSampler, # Their source
+    embedder: Embedder, # Discarded afterwards
+    pairs: PairSampler, # Source of training images
     config: Config, # Every setting
 ):
     "Train a decoder to rebuild defect-free features (§5.2). Raises `TrainingError` if it diverges."
@@ -250,10 +250,10 @@ def pretrain_decoder(
 @dataclass
 class History:
     "The result of a training run: what was measured in each epoch, and the best weights."
-    epochs: list[dict] = field(default_factory=list) # Losses a pair and collapse statistics
-    steps: list[torch.Tensor] = field(default_factory=list) # Losses of the steps, a tensor an epoch
+    epochs: list[dict] = field(default_factory=list) # Losses per pair, and collapse statistics
+    steps: list[torch.Tensor] = field(default_factory=list) # Losses of the steps, one tensor per epoch
     best: int | None = None # Epoch of the checkpoint, from 0
-    weights: dict | None = None # Of the network in that epoch
+    weights: dict | None = None # Weights of the network in that epoch
     interrupted: bool = False # Was it stopped before its last epoch?
 
     def add(self,
@@ -262,7 +262,7 @@ class History:
         measured: dict, # Losses and statistics
         keep: str, # 'best' or 'last'
     ):
-        "Note an epoch, and keep its weights if they are the best so far."
+        "Record an epoch, and keep its weights if they are the best so far."
         finite = measured['loss'] + measured['validation_loss'] + measured['dimensions'] < math.inf
         if not finite: raise TrainingError(_diverged(measured))
         self.epochs.append(measured)
@@ -279,19 +279,19 @@ class History:
         return self
 
 def _diverged(measured):
-    "What to say of losses that are no finite numbers."
+    "The message for losses that are not finite."
     m = measured
     return (f'epoch {m["epoch"]}: loss {m["loss"]}, validation loss {m["validation_loss"]}, '
             f'effective dimensions {m["dimensions"]}; a smaller lr may help')
 
 @torch.no_grad()
 def validate(
-    network: nn.Module, # In eval mode after
+    network: nn.Module, # Left in eval mode
     decoder: Decoder | None, # If any
-    batches: Iterable[Pairs], # Of validation
+    batches: Iterable[Pairs], # Validation pairs
     config: Config, # Every setting
     losses: PairLosses = pair_losses, # Loss of each pair
-) -> dict[str, float]: # Validation loss, the mean a pair, and collapse statistics
+) -> dict[str, float]: # Mean validation loss per pair, and collapse statistics
     "Measure a network on the validation pairs."
     network.eval()
     found = [losses(network, decoder, *batch, config) for batch in batches]
@@ -301,9 +301,9 @@ def validate(
 # %% ../nbs/06_training.ipynb #2542a55b
 @dataclass
 class TrainingState:
-    "What callbacks see of a run."
+    "The parts of a run that callbacks get."
     network: nn.Module # Being trained
-    decoder: Decoder | None # Trained too
+    decoder: Decoder | None # Trained too; None if it is frozen or absent
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     history: History
@@ -311,12 +311,12 @@ class TrainingState:
 class Callback:
     "Called around the epochs of a run."
     def before_training(self, state: TrainingState): "Called once, before the first epoch."
-    def after_epoch(self, state: TrainingState): "Called when an epoch has been noted."
+    def after_epoch(self, state: TrainingState): "Called when an epoch has been recorded."
 
 def train(
     network: nn.Module, # An embedder, or another network, trained in place
     decoder: Decoder | None, # Frozen, trained along, or absent (§5.2)
-    pairs: PairSampler, # Of both kinds
+    pairs: PairSampler, # Training and validation pairs
     config: Config, # Every setting
     callbacks: Iterable[Callback] = (), # Progress bar, state on disk
     losses: PairLosses = pair_losses, # Loss of each pair

@@ -207,6 +207,18 @@ PLANTED_PAIRS = {
 }
 
 
+def test_a_notebook_may_show_more_than_its_table(tmp_path):
+    "What stands below the table, such as the comparison with the reference, is none of the audit's business."
+    folder = copy_table(4, tmp_path)
+    notebook = next((folder / 'notebooks').glob('*.ipynb'))
+    book = json.loads(notebook.read_text())
+    data = {'text/markdown': ['| method | ours | reference |\n', '|---|---|---|\n', '| CSE | 91.1 | 90.9 |']}
+    output = dict(output_type='display_data', data=data, metadata={})
+    book['cells'].append(dict(cell_type='code', source=[], outputs=[output]))
+    notebook.write_text(json.dumps(book))
+    assert audit(folder).ok
+
+
 @pytest.mark.parametrize('table, records, metrics', [
     (3, 10, 10 * 8), (4, 24, 24 * 3), (6, 180, 180 * 3)])
 def test_results_that_fit_have_no_findings(tmp_path, table, records, metrics):

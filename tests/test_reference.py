@@ -114,6 +114,38 @@ def test_another_experiment_is_no_reproduction(reference, made, change, words):
     assert not any(cell.reproduced for cell in cells) and all(words in cell.note for cell in cells)
 
 
+def timed(change=lambda name, ms: ms):
+    "Cells of the reference's times, compared with the same times after a change."
+    folder = reference_folder() / 'built-in-smoke'
+    records = table_records(load_records(folder), 3, read_asked(folder)[3])
+    changed = json.loads(json.dumps(records))
+    for record in changed:
+        metrics = record['metrics']
+        name = f"{record['method']} {record['form']}"
+        metrics['latency_low_ms'] = change(name, metrics['latency_low_ms'])
+    return compare_table(changed, records, 3), changed, records
+
+
+def test_a_slower_machine_is_no_slower_method():
+    cells, *_ = timed(lambda name, ms: 3 * ms)
+    assert len(cells) == 10 and all(cell.reproduced for cell in cells)
+
+
+@pytest.mark.parametrize('slow', ['cse fused', 'extractor fused', 'mixed_teacher as trained'])
+def test_only_the_method_that_is_slower_is_told(slow):
+    "Each of them, the bare extractor too, on a machine of half the speed."
+    cells, *_ = timed(lambda name, ms: 2 * ms * (2 if name == slow else 1))
+    told = [cell for cell in cells if not cell.reproduced]
+    assert len(told) == 1 and told[0].apart == pytest.approx(2)
+
+
+def test_two_times_do_not_tell_how_fast_a_machine_is():
+    _, changed, records = timed()
+    cells = compare_table(changed[:2], records, 3)
+    assert len(cells) == 2
+    assert not any(cell.reproduced for cell in cells) and all('at least 3' in cell.note for cell in cells)
+
+
 def test_scores_that_rank_otherwise_are_told(runs, reference):
     from cse.metrics import auroc
 

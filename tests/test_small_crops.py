@@ -37,7 +37,7 @@ def test_the_hybrid_and_the_classifier_are_fitted():
     (HybridCSE, dict(batch_size=1, decoder='joint'), 'batch_size=1'),
     (CSE, dict(layers=(4,)), r'crop=32, layers=\(4,\): the finest map has one position; .* above 32'),
     (ClassifierDetector, dict(layers=(4,)), 'one position'),
-    (MixedTeacher, dict(batch_size=1), 'expected at least two images a batch')], ids=str)
+    (MixedTeacher, dict(batch_size=1), 'expected at least two images per batch')], ids=str)
 def test_what_cannot_be_trained_is_refused_before_it(kind, given, words, monkeypatch):
     monkeypatch.setattr('cse.fast.session.train', None)
     settings = SMALL | dict(extractor='tf_efficientnet_lite0', weights='packaged') | given

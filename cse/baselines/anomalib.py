@@ -100,11 +100,11 @@ class FeatureLoader:
         self.device = device
         self.epoch = 0
 
-    def __len__(self) -> int: # Batches an epoch
+    def __len__(self) -> int: # Batches per epoch
         return math.ceil(len(self.cache) / self.config.batch_size)
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
-        # the word is part of the seed: another one gives other batches
+        # the word is part of the seed: another word gives other batches
         generator = seeded(self.seed, 'peer', self.epoch)
         order = torch.randperm(len(self.cache), generator=generator)
         self.epoch += 1
@@ -218,7 +218,7 @@ class Baseline(PublishedMethod):
         config, name = self.config, type(self).__name__
         device = self.extractor.device
         bar = tqdm(total=config.epochs, desc=name, unit='epoch', disable=not progress,
-                   leave=False, file=sys.stderr) # the real one, which `quiet` replaces
+                   leave=False, file=sys.stderr) # the real stderr, which `quiet` replaces
         with bar, quiet(), global_seed(seed_for(self.seed, name)):
             module = self.module(cache.features)
             values = self.optimizer | dict(lr=config.lr, weight_decay=config.weight_decay)

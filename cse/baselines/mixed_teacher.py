@@ -39,7 +39,7 @@ def _halving_block(before, after):
 class ReducedStudent(nn.Module):
     "Student of the shallow branch: two residual blocks, at strides 8 and 16."
     def __init__(self,
-        channels: tuple[int, int] = (64, 128), # Of its two maps
+        channels: tuple[int, int] = (64, 128), # Channels of its two maps
     ):
         super().__init__()
         self.stem = nn.Sequential(
@@ -120,7 +120,7 @@ class Students(nn.Module):
 def branch_losses(
     found: Maps, # Of student a (two), then of student b
     targets: Maps, # Of the teachers
-) -> tuple[Tensor, Tensor]: # N losses a branch, in [0, 2]
+) -> tuple[Tensor, Tensor]: # N losses per branch, in [0, 2]
     "Distillation losses of both branches (Eqs. 3–5)."
     shallow = decoder_loss(found[:2], targets[:2])
     deep = decoder_loss(found[2:], targets[2:])
@@ -128,13 +128,13 @@ def branch_losses(
 
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #a8e0bba9
 def _steps(count, targets, config) -> int:
-    "Batches an epoch, of two images at least where the coarsest map has one position."
+    "Batches per epoch, of two images at least where the coarsest map has one position."
     steps = math.ceil(count / config.batch_size)
     if targets[-1].shape[2:].numel() > 1: return steps
     if min(count, config.batch_size) > 1: return min(steps, count // 2)
     raise ConfigError(
         f'batch_size={config.batch_size}, crop={config.crop}, {count} images: '
-        'the coarsest map has one position; expected at least two images a batch')
+        'the coarsest map has one position; expected at least two images per batch')
 
 def _batches(images, targets, steps, generator, device):
     "Images and targets in random order, in batches of similar size."
@@ -144,7 +144,7 @@ def _batches(images, targets, steps, generator, device):
         yield images[rows].to(device), maps
 
 def _train_epoch(students, batches, optimizer, schedule, config, bar):
-    "Train for one epoch; the sum of losses of each branch."
+    "Train for one epoch, and return the sum of losses of each branch."
     sums = 0
     for images, targets in batches:
         losses = branch_losses(students(images), targets)
@@ -174,7 +174,7 @@ def train_students(
     config: Config, # Every setting
     seed: int = 0, # Seed of the run
     progress: bool = False, # Show a bar with the loss
-) -> list[dict]: # Epoch, loss, and the mean loss of either branch
+) -> list[dict]: # Epoch, loss, and the mean loss of each branch
     "Distil both teachers. Raises `TrainingError` for a diverged loss."
     steps = _steps(len(images), targets, config)
     total = config.epochs * steps
@@ -201,7 +201,7 @@ def train_students(
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #9573d95a
 def branch_map(
     found: Maps, # Maps of a student
-    targets: Maps, # Maps of its teacher, alike
+    targets: Maps, # Maps of its teacher, of the same shapes
     side: int, # Side of the images, pixels
 ) -> Tensor: # N×side×side, not negative
     "Disagreement of a student with its teacher (Eq. 3)."

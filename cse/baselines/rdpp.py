@@ -36,7 +36,7 @@ _GRADIENTS = _gradients()
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #6ecf618b
 def _reaches(corner):
-    "Is a corner near enough to the unit cube to contribute?"
+    "Is a corner close enough to the unit cube to contribute?"
     outside = sum(v in (-1, 2) for v in corner)
     return 0 <= sum(corner) <= 3 and outside <= 1
 
@@ -122,7 +122,7 @@ def add_noise(
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #72cc4b94
 def projection(
-    channels: int, # Of a layer
+    channels: int, # Channels of the layer
 ) -> nn.Sequential: # From N×C×H×W to N×C×H×W
     "The projection of one layer."
     half, quarter = channels // 2, channels // 4
@@ -136,7 +136,7 @@ def projection(
 
 # %% ../../nbs/baselines/05_rdpp.ipynb #48040fe2
 def _cosines(a, b):
-    "Cosines of whole maps: N values a layer."
+    "Cosines of whole maps: N values per layer."
     cosines = []
     for x, y in zip(a, b, strict=True):
         x, y = x.flatten(1), y.flatten(1)
@@ -146,7 +146,7 @@ def _cosines(a, b):
 def cosine_loss(
     a: Maps,
     b: Maps, # Of the same shapes
-) -> Tensor: # One value, at most 2 a layer
+) -> Tensor: # One value, at most 2 per layer
     "One minus the cosine, mean over images, summed over layers."
     return sum((1 - c).mean() for c in _cosines(a, b))
 
@@ -155,7 +155,7 @@ def contrast_loss(
     noisy: Maps, # Features of noisy images
     projected: Maps, # Projections of the clean images
     margin: float = 0.5, # No loss for cosines below it
-) -> Tensor: # One value in [0, 1 - margin] a layer
+) -> Tensor: # One value, at most 1 - margin per layer
     "Excess over the margin, mean over images, summed over layers."
     cosines = _cosines(noisy, projected)
     return sum((c - margin).clamp(min=0).mean() for c in cosines)
@@ -186,7 +186,7 @@ def losses(
     noisy_projected: Maps, # Projections of the noisy features
     restored: Maps, # Output of the decoder for the clean images
     order: Tensor, # The numbers 0 … N - 1, shuffled
-) -> dict[str, Tensor]: # One value a loss; `loss` is minimised
+) -> dict[str, Tensor]: # One value per loss; `loss` is minimised
     "All losses of RD++."
     distillation = cosine_loss(restored, clean)
     transport = transport_loss(projected, order)

@@ -24,7 +24,7 @@ def _convolution(before, after, stride):
     )
 
 def _steps(shapes):
-    "Channels before and after, and the stride, from layer to layer."
+    "Channels before and after each step between layers, and its stride."
     steps = []
     for before, after in zip(shapes, shapes[1:]):
         stride = 2 if after[1] < before[1] else 1
@@ -39,7 +39,7 @@ def _path(steps):
 class FittedBottleneck(nn.Module):
     "The bottleneck of Reverse Distillation for features of any shape."
     def __init__(self,
-        shapes: list[tuple[int, int, int]], # (C, H, W) a layer, finest first
+        shapes: list[tuple[int, int, int]], # (C, H, W) per layer, finest first
     ):
         super().__init__()
         steps = _steps(shapes)
@@ -81,7 +81,7 @@ def _decoder_stage(before, after, stride):
 class FittedDecoder(nn.Module):
     "The decoder of Reverse Distillation for features of any shape."
     def __init__(self,
-        shapes: list[tuple[int, int, int]], # (C, H, W) a layer, finest first
+        shapes: list[tuple[int, int, int]], # (C, H, W) per layer, finest first
     ):
         super().__init__()
         last = shapes[-1][0]

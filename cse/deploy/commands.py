@@ -357,7 +357,7 @@ def _listed(profiles) -> str:
 @commands.command('show-config')
 def show_config(
     profile: Annotated[str, typer.Argument(
-        help='inspection, smoke, paper or official. Without one, the profiles are listed.')] = '',
+        help='inspection, smoke, repaired, paper or official. Without one, the profiles are listed.')] = '',
     method: Method = '',
     as_json: Json = False,
 ):

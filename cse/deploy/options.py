@@ -192,7 +192,7 @@ Json = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
 JsonLines = Annotated[bool, typer.Option(
     '--json', help='Print one JSON object an image, each on a line, in the order given.')]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda or cuda:N.')]
-Profile = Annotated[str, typer.Option(help='inspection, smoke, paper or official.')]
+Profile = Annotated[str, typer.Option(help='inspection, smoke, repaired, paper or official.')]
 Method = Annotated[str, typer.Option(
     help='hybrid, which finds more defects, or cse, the method of the paper; '
          'if not given hybrid, and cse in the profiles of the paper.')]

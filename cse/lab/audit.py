@@ -365,13 +365,12 @@ def _make_pairs(notebook, records, folder):
     return publish_text_against_code(pairs_frame(pairs), folder), findings
 
 def _shown_table(notebook):
-    "The last Markdown that a notebook shows."
-    shown = ['']
+    "The table that a notebook shows, by its caption; empty if there is none."
     for cell in json.loads(Path(notebook).read_text())['cells']:
         for output in cell.get('outputs', []):
-            if text := output.get('data', {}).get('text/markdown'):
-                shown.append(''.join(text))
-    return shown[-1]
+            text = ''.join(output.get('data', {}).get('text/markdown', ''))
+            if text.startswith('**Table '): return text
+    return ''
 
 # %% ../../nbs/lab/15_audit.ipynb #e3ff206f
 def _table_files(folder):

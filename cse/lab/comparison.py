@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['grouped', 'changed_settings', 'column_name', 'check_records', 'is_comparable', 'seed_values', 'mean_sd',
-           'asked_columns', 'comparison']
+           'mean_interval', 'asked_columns', 'comparison']
 
 # %% ../../nbs/lab/09_comparison.ipynb #dd46ee90
 import json, math, statistics
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
+import numpy as np
 import pandas as pd
 from ..config import Config, ConfigError, differences, from_profile
 from .runs import NO_TEXTURES
@@ -258,6 +259,18 @@ def mean_sd(
         raise MetricError(f'values={values}: expected at least one number, all of them finite')
     spread = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), spread
+
+# %% ../../nbs/lab/09_comparison.ipynb #5d1f7a21
+def mean_interval(
+    values: Iterable[float], # One number a surface
+) -> tuple[float, float]: # Mean; half of its 95 % interval, NaN for one value
+    "Mean of some surfaces and how far it may be from the mean of all surfaces (Student, 1908)."
+    from scipy.stats import t
+    values = np.asarray(list(values), dtype=float)
+    n = len(values)
+    if n < 2: return values.mean(), math.nan
+    half = t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    return values.mean(), half
 
 # %% ../../nbs/lab/09_comparison.ipynb #9eae9c75
 def _seed_means(found, column, averaged):

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..config import Config, ConfigError, fingerprint, from_profile
+from .comparison import mean_interval
 from .grid import GridError
 from .parameters import as_list, as_seeds, as_settings
 from .parameters import default_categories
@@ -173,20 +174,11 @@ def run_text_against_code(
                         for name, pair in wanted.items()})
 
 # %% ../../nbs/lab/12_text_against_code.ipynb #b7b4034b
-def _interval(differences):
-    "Mean, and half the width of its 95 % confidence interval."
-    from scipy.stats import t
-    n = len(differences)
-    if n == 1: return np.mean(differences), np.nan
-    spread = np.std(differences, ddof=1)
-    half = t.ppf(0.975, n - 1) * spread / np.sqrt(n)
-    return np.mean(differences), half
-
 def _summary(pairs):
     "Differences of one row, by surface and on average."
     surfaces = pairs.groupby('category', sort=False).difference.mean()
     several = len(surfaces) > 1
-    mean, half = _interval(surfaces if several else pairs.difference)
+    mean, half = mean_interval(surfaces if several else pairs.difference)
     size = pairs.difference.abs().mean()
     return dict(surfaces) | dict(mean=mean, interval=half, size=size)
 

@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import nn
 from tqdm import tqdm
 from ..config import Config, ConfigError, digest, from_profile
@@ -36,6 +35,7 @@ from ..fast.engines import FastExtractor
 from ..fast.model import FastEmbedder
 from ..fast.pairs import CachedPairs
 from ..baselines.features import Distance
+from .comparison import mean_interval
 from .model_selection import KINDS, defects_of, evidence_defects
 from .parameters import as_list, as_seeds, as_settings
 from .parameters import default_categories
@@ -432,16 +432,8 @@ def effects(
     gain = 100 * (wide - wide.loc[against])
     return gain.T.groupby('category', sort=False).mean().T
 
-def _interval(values):
-    "Mean over surfaces, and half the width of its 95 % confidence interval."
-    half = np.nan
-    if len(values) > 1:
-        t = stats.t.ppf(0.975, len(values) - 1)
-        half = t * np.std(values, ddof=1) / np.sqrt(len(values))
-    return np.mean(values), half
-
 def _mean_cell(values):
-    mean, half = _interval(values.dropna())
+    mean, half = mean_interval(values.dropna())
     return f'{mean:+.1f}' + ('' if np.isnan(half) else f' ± {half:.1f}')
 
 def effects_table(
