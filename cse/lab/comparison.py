@@ -263,8 +263,8 @@ def mean_sd(
 # %% ../../nbs/lab/09_comparison.ipynb #5d1f7a21
 def mean_interval(
     values: Iterable[float], # One number a surface
-) -> tuple[float, float]: # Mean; half of its 95 % interval, NaN for one value
-    "Mean of some surfaces and how far it may be from the mean of all surfaces (Student, 1908)."
+) -> tuple[float, float]: # Mean; half the width of its 95 % interval, NaN for one value
+    "Mean over surfaces, and half the width of its 95 % confidence interval (Student, 1908)."
     from scipy.stats import t
     values = np.asarray(list(values), dtype=float)
     n = len(values)
