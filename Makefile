@@ -1,24 +1,24 @@
-# make test      everything that is checked, on a fresh clone too
-# make tables    Tables 1–5 anew, on built-in surfaces, into results/runs, and how close they are to results/reference; interrupted work
-#                is taken up, FRESH=1 starts over. PROFILE=paper MVTEC=… TILDA=… DTD=… for the published setting, TABLES='1 4' for some of
-#                them, METHODS=all with every baseline, SCHEDULER=processes or an address
+# make test      all checks, also on a fresh clone
+# make tables    computes Tables 1–5 again, on built-in data, into results/runs, and compares them with results/reference. Interrupted
+#                work is resumed; FRESH=1 starts over. PROFILE=paper MVTEC=… TILDA=… DTD=…: the published setting. TABLES='1 4': some of
+#                the tables. METHODS=all: every baseline too. SCHEDULER=processes, or an address
 # make reference  a folder of runs becomes the reference, after an audit: RUNS=results/runs/built-in-smoke
 # make text-against-code  Table 6: where text and released code differ, one choice at a time; ROWS=… SEEDS=3
-# make benchmark  ratios against plain PyTorch and against the bare extractor; DATA=… TEXTURES=…
-# make false-alarm-rates  false-alarm rates asked for and measured; DATA=… TEXTURES=… SEEDS=…
+# make benchmark  times as ratios to plain PyTorch and to the bare extractor; DATA=… TEXTURES=…
+# make false-alarm-rates  requested and measured false-alarm rates; DATA=… TEXTURES=… SEEDS=…
 # make seed-variance  sources of the variance between seeds, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
 # make model-selection  settings selected without test images and without the tested surface;
 #                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
 # make training-curves  AUROC over the epochs of training, one thing changed at a time; DATA=… TEXTURES=… SEEDS=3 VARIATIONS='no decoder,…'
-# make spread    how far AUROC is spread between machines and between seeds, for the comparison with the reference
-# make robustness  bad input, damaged files, properties, killed and doubled grids, threads and processes, with counts; report pages in a browser,
-#                and the demo page where gradio is installed (extra demo)
-# make cluster-test  workers that are killed and hang, overhead and efficiency of scheduling, with counts
+# make spread    standard deviation of AUROC between machines and between seeds, for the comparison with the reference
+# make robustness  bad input, damaged files, properties, grids that are killed or run twice at once, threads and processes, with counts;
+#                report pages in a browser, and the demo page if gradio is installed (extra demo)
+# make cluster-test  workers that are killed or hang, overhead and efficiency of scheduling, with counts
 # make report    results/report/index.html: the reference on one page that needs no network
 # make docs      docs/_build/html/index.html: the site, from the notebooks and their stored outputs; every page is opened in a browser
-#                where Chromium is there
-# make prepare   after editing notebooks: clean them, export cse/, write README.md with figures read from results/reference
-# make clean     remove what the above made, results excepted
+#                if Chromium is installed
+# make prepare   after editing notebooks: clean them, export cse/, write README.md with numbers read from results/reference
+# make clean     remove what the other targets made, except results
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -47,7 +47,7 @@ $(READY): settings.ini setup.py
 	touch $@
 
 test: export CUDA_VISIBLE_DEVICES :=
-# glibc keeps the memory of large tensors; to return it and fetch it again page by page takes a tenth of the time
+# glibc keeps the memory of large tensors: returning it and fetching it again, page by page, takes a tenth of the time
 test: export MALLOC_MMAP_THRESHOLD_ := 4000000000
 test: export MALLOC_TRIM_THRESHOLD_ := 4000000000
 test: $(READY)
@@ -68,7 +68,7 @@ reference: $(READY)
 	$(call takes,RUNS)
 	$(BIN)/python -c 'from cse.lab.reference import main; main()' '$(RUNS)'
 
-# notebooks beside Tables 1 to 5: one run each
+# notebooks other than those of Tables 1 to 5: one papermill run each
 papermill = mkdir -p '$(2)/notebooks' && $(BIN)/papermill -k python3 --no-progress-bar --log-output --log-level WARNING --stdout-file - \
   $(1) '$(2)/notebooks/$(notdir $(1))' -p results '$(2)' $(call parameter,data,DATA) $(call parameter,textures,TEXTURES)
 shared = $(call parameter,seeds,SEEDS) $(call parameter,device,DEVICE) -p settings '{}' -p categories '$(CATEGORIES)'

@@ -52,7 +52,7 @@ def parameters(function, comments):
 
 
 def signature(function, name):
-    "How a function is called, on one line, or one parameter a line where it is long."
+    "How a function is called: on one line, or one parameter per line if it is long."
     a, calls = function.args, []
     plain = [*a.posonlyargs, *a.args]
     for p, default in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults):
@@ -127,7 +127,7 @@ def contents(name, path):
 
 
 def api_pages(root):
-    "Name of a page → its text: one a module, and their contents."
+    "Name of a page → its text: one page per module, and their contents."
     found, text = {}, '# API\n\nEvery module, with its parameters and what they mean.\n'
     for wing in ORDER:
         paths = sorted(p for p in (root / 'cse' / wing).glob('*.py') if not p.name.startswith('_'))

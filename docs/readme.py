@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb. Cells tagged `figures` run, so that figures are those of results/reference.
+"""README.md from nbs/index.ipynb. Cells tagged `figures` run, to read numbers from results/reference.
 
 `python docs/readme.py` writes both. Nothing is trained: the picture is the stored one.
 """

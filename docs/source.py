@@ -42,7 +42,7 @@ def find(link, page):
 
 
 def relinked(text, page):
-    "Markdown whose links lead to pages and files of the site; what leads elsewhere becomes its words."
+    "Markdown whose links lead to pages and files of the site. Other local links become plain text."
     def lead(match):
         path, _, anchor = match[3].partition('#')
         if not path or re.match(r'\w+:', path): return match[0]
@@ -62,7 +62,7 @@ def plain(text):
 
 
 def alt_text(cells, number):
-    "What stands for the pictures of a cell: the caption below them, or else the last sentence above."
+    "Alternative text for the pictures of a cell: the caption below them, or else the last sentence above."
     below = source(cells[number + 1]).strip() if number + 1 < len(cells) else ''
     if caption := re.match(r'\*([^*]+)\*(\n\n|$)', below): return plain(caption[1])
     above = [source(c) for c in cells[:number] if c['cell_type'] == 'markdown'][-1]
@@ -155,7 +155,7 @@ def pages():
     for wing in WINGS:
         words = ast.get_docstring(ast.parse((ROOT / f'cse/{wing}/__init__.py').read_text()))
         found[NBS / wing / 'index.md'] = wing_page(NBS / wing, wing.capitalize(), words)
-    words = 'Each regenerates a table. The outputs here are of runs of seconds.'
+    words = 'Each notebook regenerates a table. The outputs here come from runs that take seconds.'
     found[NBS / 'tables/index.md'] = wing_page(NBS / 'tables', 'Table notebooks', words)
     return found | {ROOT / 'api' / name: text for name, text in api_pages(ROOT).items()}
 

@@ -11,7 +11,7 @@ ALWAYS = (
 
 @contextmanager
 def chromium(*arguments):
-    "Chromium without a window, with its logs. The test is skipped where it is not installed."
+    "Chromium without a window, with its logs. The test is skipped if Chromium is not installed."
     program = shutil.which('chromium') or shutil.which('google-chrome')
     driver = shutil.which('chromedriver')
     if not (program and driver):

@@ -92,7 +92,7 @@ def tiny():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
-    "What names a file whose name is no text can be sent by pytest-xdist, too."
+    "Escape file names that are invalid text, so that pytest-xdist can send a report."
     report = yield
     def printable(text): return text.encode(errors='backslashreplace').decode()
     if report.failed: report.longrepr = printable(str(report.longrepr))

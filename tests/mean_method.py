@@ -13,7 +13,7 @@ from cse.lab.runs import METHODS
 
 
 def wait_once(folder):
-    "Write down the process id and wait, but only where nobody has done so."
+    "Write the process id to a file and wait, unless the file exists already."
     mark = Path(folder) / 'waiting'
     if mark.exists():
         return

@@ -101,7 +101,7 @@ def copy_as(path, name, **changes):
 
 
 def scale_first_score(record):
-    "A change that no rank shows."
+    "A change that alters no rank."
     record['scores'][0] *= 1 + 1e-9
 
 

@@ -118,7 +118,7 @@ def test_damaged_categories(own_surface, textures, tmp_path, tiny, damage, words
 
 
 def test_the_first_folder_below_test_says_what_an_image_is(own_surface, tiny):
-    "Whatever lies deeper, and without what systems hide beside images."
+    "Deeper folders do not matter, and files that systems hide beside images are left out."
     test = own_surface / 'gravel/test'
     for part in ('good/day2', 'bar/good', 'good/.thumbnails', 'good/@eaDir', '__MACOSX/bar'):
         (test / part).mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_empty_paths_and_batches():
         load_category('', 'gravel')
     with pytest.raises(ConfigError, match='batch_size=0'):
         next(Images(GOOD, Config()).batches(0))
-    generator = DefectGenerator.from_config(Config(**SMALL), '')  # '' is none
+    generator = DefectGenerator.from_config(Config(**SMALL), '')  # '' means no textures
     assert np.array_equal(generator.textures, builtin_textures(64))
 
 
@@ -311,7 +311,7 @@ PARAMETERS = [
 
 @pytest.mark.parametrize('name, given, words', PARAMETERS, ids=[f'{n} {g}' for n, g, _ in PARAMETERS])
 def test_notebook_parameters(tmp_path, monkeypatch, name, given, words):
-    "As papermill would give them, without a kernel of its own: after the cell that is tagged."
+    "Parameters as papermill injects them, after the tagged cell, but in this process."
     monkeypatch.chdir(tmp_path)
     namespace = {}
     with pytest.raises(ValueError) as refusal:

@@ -212,7 +212,7 @@ def test_names_stay_those_of_the_published_tables():
 
 @pytest.mark.parametrize('name', [*SAME, 'mean_distance'])
 def test_the_whole_method_is_one_network(fitted, images, name):
-    "Speed is measured on it."
+    "Speed is measured on this network."
     method = fitted(name)
     with torch.no_grad():
         scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
@@ -221,7 +221,7 @@ def test_the_whole_method_is_one_network(fitted, images, name):
     assert np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)
 
 
-# the gate: one that OpenVINO compiles and one that it gives back; `make robustness`: all
+# `make test`: one that OpenVINO compiles and one that stays in PyTorch; `make robustness`: all
 COMPILED = [*SAME, 'mean_distance'] if os.environ.get('ROBUSTNESS_KILLS') else ['patchcore', 'fastflow']
 
 

@@ -1,4 +1,4 @@
-"The command line: several images, other encodings, any file name, and nothing left by what is refused."
+"The command line: several images, other encodings, any file name, and refusals that leave nothing behind."
 import io
 import json
 import os
@@ -48,7 +48,7 @@ def model(good, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def named(tmp_path_factory):
-    "Images whose names few encodings have."
+    "Images with names that few encodings can represent."
     folder = tmp_path_factory.mktemp('named') / 'größe'
     for i, name in enumerate(NAMES):
         write_image(folder / name, 50 + i)
@@ -147,7 +147,7 @@ def test_every_answer_can_be_printed(named, model, tmp_path, encoding):
 
 
 def test_a_grid_is_not_lost_to_a_name(own_surface, tmp_path, monkeypatch):
-    "Neither to that of a category nor to that of an image."
+    "Odd names of a category and of images do not stop a table."
     category = (own_surface / 'gravel').rename(own_surface / 'λ')
     for part in ('train/good/00.png', 'test/bar/00.png', 'test/good/06.png'):
         path = category / part

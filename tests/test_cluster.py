@@ -69,7 +69,7 @@ def ask(surface, results, **changes):
 
 
 def prepare_workers(patch, marks):
-    "Workers will know the method; its seed 5 writes a mark and waits, the first time."
+    "Let workers load the method. Its seed 5 writes a mark and waits, the first time."
     patch.setitem(METHODS, 'mean', Mean)
     patch.setenv('CSE_TEST_MARKS', str(marks))
     return dask.config.set({'distributed.worker.preload': [mean_method.__file__]})
@@ -77,7 +77,7 @@ def prepare_workers(patch, marks):
 
 @pytest.fixture(scope='module')
 def disturbed(surface, tmp_path_factory):
-    "A grid in processes, of which one is killed, and whose last run fails: its folder, and what it raised."
+    "A grid in processes: one process is killed, and the last run fails. Its folder and its error."
     results, marks = (tmp_path_factory.mktemp(name) for name in ('results', 'marks'))
     killer = threading.Thread(target=kill_when_marked, args=(marks / 'waiting',), daemon=True)
     killer.start()
@@ -233,7 +233,7 @@ def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, tell
 
 
 def test_workers_that_hang_at_once_are_all_replaced(tmp_path, tell):
-    "However long new ones need: Dask would give up a place after a while."
+    "New workers may take long to start. By default, Dask would give up on them."
     tasks = numbered(tmp_path, [20, 21, 22, 23])
     with dask.config.set({'distributed.deploy.lost-worker-timeout': '10ms'}):
         found = list(run_tasks(tell, tasks, 'processes:2', patience=3))

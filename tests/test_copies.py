@@ -1,4 +1,4 @@
-"Images that are there twice: a calibration on copies promises too much, and there is no variance."
+"Images that appear twice: a calibration on copies promises too much, and equal images have no variance."
 import logging
 import re
 
@@ -55,7 +55,7 @@ def test_different_images_are_no_copies(folder, caplog):
 @pytest.mark.parametrize('ending, options', [
     ('.png', {}), ('.bmp', {}), ('.tiff', {}), ('.webp', dict(lossless=True)), ('.jpg', dict(quality=90))])
 def test_copies_across_the_split_are_told(folder, caplog, ending, options):
-    "Of another name, and in another format."
+    "Copies with another name, and in another format."
     for i in range(20):
         Image.open(folder / f'{i:02}.png').save(folder / f'copy{i:02}{ending}', **options)
     told, = warnings_of(lambda: fit(folder, held_out=0.3), caplog)

@@ -1,4 +1,4 @@
-"The demo page: what it says about an image, and that it works in a browser and asks nobody else."
+"The demo page: what it says about an image, and that it works in a browser and loads nothing else."
 import asyncio
 import json
 import os
@@ -82,7 +82,7 @@ def test_the_false_alarm_rate_changes_the_verdict_and_the_map(image):
 
 
 def changed_inside(found, scale):
-    "Which pixels the map changes, within the line round the part that is looked at."
+    "The pixels that the map changes, inside the frame around the inspected part."
     changed = (np.asarray(demo.drawn(found, scale)) != np.asarray(found.photo)).any(2)
     across, down = (slice(int(n * low) + 3, int(n * high) - 3)
                     for n, low, high in zip(found.photo.size, found.part, found.part[2:]))

@@ -1,4 +1,4 @@
-"The detector in use: inputs of all kinds, decisions, interrupted trainings, saved files, the command line."
+"The detector in use: all kinds of input, decisions, interrupted training runs, saved files, commands."
 import copy
 import hashlib
 import json
@@ -99,7 +99,7 @@ def run_json(*words):
 
 
 def scored(*words):
-    "What `cse score` says of each image."
+    "What `cse score` prints for each image."
     return [json.loads(line) for line in run('score', *words, '--json', '-q').stdout.splitlines()]
 
 
@@ -269,7 +269,7 @@ def test_images_that_took_part_in_fitting_are_known(detector, saved, category, g
     assert json.loads(done.stdout)['took_part'] == 3 and 'the figures are too good' in done.stderr
 
 
-# --- interrupted trainings
+# --- interrupted training runs
 
 def test_interrupted_run_leaves_no_record(surface, tmp_path, monkeypatch):
     from cse import training
@@ -556,7 +556,7 @@ def test_export_says_what_it_cannot_do(detector, tmp_path):
 
 
 def pretend_export(monkeypatch, detector, factors=(1, 1)):
-    "Files without a conversion, which are said to score like the detector, times a factor."
+    "Replace the export: empty files, with the scores of the detector times a factor."
     def write(path):
         path.touch()
         path.with_suffix('.bin').touch()

@@ -237,7 +237,7 @@ def test_results_come_in_input_order(fitted, surface):
 
 
 def test_scores_of_many_images_do_not_hold_them(fitted, surface):
-    "What is kept of an image is its score and a 3×3 map."
+    "Only the score and a 3×3 map of an image are kept."
     scores = fitted.score(surface / 'gravel/test')
     assert scores.coarse.shape == (6, 3, 3) and scores.map.shape == (6, 96, 96)
 

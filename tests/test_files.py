@@ -1,4 +1,4 @@
-"Folders, masks and values as other people have them: read rightly, or refused, or told."
+"Folders, masks and values in other conventions: read correctly, refused, or reported."
 import struct
 import zlib
 
@@ -151,7 +151,7 @@ MASK[20:32, 24:40] = 255
 
 @pytest.fixture
 def category(tmp_path):
-    "Makes a category with one defective image; how its mask is written is the test's own."
+    "A category with one defective image. The test writes its mask."
     write(tmp_path, *(f'c/{part}/good/{i}.png' for part in ('train', 'test') for i in range(4)))
     write(tmp_path, 'c/test/hole/a 1.png')
     (tmp_path / 'c/ground_truth/hole').mkdir(parents=True)

@@ -1,4 +1,4 @@
-"`cse fit` for an engineer: what it says before, what it keeps aside, what it refuses, and what it leaves."
+"`cse fit` for an engineer: what it says first, what it holds out, what it refuses, what it leaves behind."
 import json
 import shutil
 import sys
@@ -59,7 +59,7 @@ def fitted(good, tmp_path_factory):
     return model, run('fit', good, '-o', model, *SMALL)
 
 
-# --- what is kept aside
+# --- what is held out
 
 def test_images_kept_aside_promise_five_percent_where_they_can():
     kept = [fitting.images_kept(n) for n in range(4, 600)]

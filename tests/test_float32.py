@@ -33,7 +33,7 @@ def lowered(compiled):
 
 
 def for_bfloat16(path):
-    "A file as it is compiled on a processor with bfloat16 by who asks for nothing."
+    "A file, compiled as a processor with bfloat16 does by default."
     return openvino_core().compile_model(path, 'CPU', dict(INFERENCE_PRECISION_HINT='bf16'))
 
 
@@ -113,7 +113,7 @@ def assert_float32(path, expected):
 
 
 def test_a_file_that_cannot_ask_for_float32_says_so(has_bfloat16, tmp_path, caplog):
-    "Layer normalisation is replaced when a file is compiled, and what replaces it is not marked."
+    "Layer normalisation is replaced when a file is compiled, and its replacement is not marked."
     settings = SETTINGS | dict(extractor='test_convnext', layers=(2, 3))
     detector = CSE(Config.smoke(**settings)).fit(images(8), progress=False)
     with caplog.at_level(logging.WARNING):

@@ -211,7 +211,7 @@ def test_the_other_methods_are_measured_when_one_fails(
         run_speed(data=str(surface), methods='extractor', results=str(tmp_path),
                   textures='anything', **SMALL)
     assert [r['metrics']['fps'] for r in load_records(tmp_path)] == [1000]
-    assert 'textures: without influence' in capsys.readouterr().out
+    assert 'textures: no effect' in capsys.readouterr().out
 
 
 def test_the_image_comes_from_the_data(surface):

@@ -38,7 +38,7 @@ def test_scripts_without_a_guard(tmp_path, name):
 
 
 def test_processes_that_cannot_start_end_in_a_sentence(tmp_path):
-    "The guard here is one in words only."
+    "The script mentions a guard, but has none."
     (script := tmp_path / 's.py').write_text(f'if "parent_process":\n  exec({START!r})\n')
     done = start(script)
     assert done.returncode == 1 and len(done.stderr.splitlines()) < 40

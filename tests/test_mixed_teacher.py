@@ -81,7 +81,7 @@ def test_the_deep_student_starts_as_its_teacher_and_the_teacher_stays(fitted):
 
 
 def test_the_whole_method_is_one_network(images, fitted):
-    "Speed is measured on it."
+    "Speed is measured on this network."
     prepared = torch.stack(list(Images(images.test[:2], fitted.config)))
     found = fitted.score(images.test[:2])
     with torch.no_grad():

@@ -21,7 +21,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    "The evidence that was asked for; none of it is measured."
+    "The requested evidence; nothing is measured."
     calls = []
 
     def made_up(paths, defects, config, name, seed):

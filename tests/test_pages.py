@@ -1,4 +1,4 @@
-"What a newcomer reads: figures that are those of the reference, short sentences, links that lead somewhere."
+"What a newcomer reads: numbers from the reference, short sentences, links that lead somewhere."
 import json
 import re
 import sys

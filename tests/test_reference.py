@@ -78,7 +78,7 @@ def put(path, value):
 
 
 def ask(folder, table=4, **changes):
-    "Change what a folder was asked for."
+    "Change the request of a table in a folder."
     file = folder / 'asked.json'
     entry, = json.loads(file.read_text()).values()
     file.write_text(json.dumps({table: entry | changes}))
@@ -104,7 +104,7 @@ def test_the_same_runs_are_equal_to_the_last_bit(runs, reference):
     (put('textures.fingerprint', '0' * 16), 'other textures'),
     (put('extractor.sha256', '0' * 64), 'other weights')])
 def test_another_experiment_is_no_reproduction(reference, made, change, words):
-    "What is told of records that differ in more than chance."
+    "Differences that are not due to chance are reported."
     entry = read_asked(reference)[4]
     records = table_records(load_records(reference), 4, entry)
     changed = json.loads(json.dumps(records))
@@ -395,7 +395,7 @@ def test_methods_and_seeds_of_several_calls_stand_in_one_table(asked, tmp_path):
 
 
 def test_two_that_ask_at_once_are_both_noted(tmp_path, monkeypatch):
-    "The second one asks while the first one has read, and not yet written."
+    "The second request comes after the first one has read the file and before it writes."
     entry = dict(profile='smoke', settings={}, textures='t', data='d', categories=['wood'], seeds=[0])
     read, others = parameters.read_asked, []
 

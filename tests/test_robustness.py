@@ -47,7 +47,7 @@ def run_grid(data, results, count, seconds, limit, sender):
 
 
 def start(data, results, count=SEEDS, seconds=0.15, limit=None):
-    "A grid that is about to begin, and where it tells what became of it."
+    "A grid that is about to begin, and the pipe for its outcome."
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=run_grid, args=(data, results, count, seconds, limit, sender))
     process.start()

@@ -181,7 +181,7 @@ def test_splits_of_the_pairs():
 
 
 def test_fresh_validation_defects_move_the_criterion(parts):
-    "Drawn anew, it moves even where the weights hardly do."
+    "With defects drawn again each epoch, it changes even if the weights hardly do."
     still = dict(lr=1e-9, epochs=4, embedder_batchnorm='frozen')
 
     def span(defects):

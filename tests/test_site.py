@@ -49,7 +49,7 @@ return {
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(SITE)))
 def test_page(browser, page):
-    "No page is wider than its screen, lacks a picture, says an error or asks a network."
+    "No page is wider than its screen, lacks a picture, shows an error or uses a network."
     found = {}
     for width in sorted(WIDTHS, reverse=True):
         resize(browser, width)

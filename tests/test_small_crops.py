@@ -56,7 +56,7 @@ def parts():
 @pytest.mark.parametrize('count, sizes', [
     (18, [4, 4, 5]), (20, [4, 4, 4, 2]), (17, [4, 4, 4]), (AHEAD * 4 + 15, [4] * (AHEAD - 1) + [5])])
 def test_a_single_last_pair_joins_the_step_before(parts, count, sizes):
-    "Also where it would be the first of the next images that pass the extractor together."
+    "Also if it would start the next group of images that pass the extractor together."
     extractor, defects, config = parts
     cache = FeatureCache(Images(IMAGES[:count], config), extractor, config)
     pairs = CachedPairs(cache, extractor, defects, config)

@@ -123,7 +123,7 @@ def test_a_request_that_fails_is_not_used_again(fitted):
 
 
 def test_a_calibration_and_its_images_stay_together(fitted):
-    "Threads calibrate anew while others ask for what is saved."
+    "Some threads calibrate again while others read what would be saved."
     detector, sets = copy.deepcopy(fitted), [images(n, seed=n) for n in (4, 6)]
     pairs = set()
 
@@ -328,7 +328,7 @@ def test_forked_processes(forms, record_property):
 
 @pytest.mark.parametrize('method', ['spawn'] + ['forkserver'] * LONG)
 def test_started_processes(forms, method, record_property):
-    "They import everything anew, and build the networks again."
+    "They import everything again, and build the networks again."
     with multiprocessing.get_context(method).Pool(PROCESSES if LONG else 1) as pool:
         for detector in several(forms):
             assert count_equal(pool, detector) == PROCESSES * PROCESS_CALLS

@@ -344,7 +344,7 @@ def test_a_folder_from_which_nothing_can_be_moved_keeps_its_images(tmp_path, mon
 
 
 def killed(step, work):
-    "Whether a forked child, killed where it calls the system for the STEPth time, was killed."
+    "Was a forked child killed at its STEPth system call? False if it ended before."
     child = os.fork()
     if not child:
         calls = count(1)

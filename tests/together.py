@@ -18,7 +18,7 @@ def images(count, seed=0):
 
 
 def score_often(detector, batches, expected, calls):
-    "How often the scores are those that are expected; for other processes."
+    "In how many calls the scores are the expected ones. Also runs in other processes."
     found = 0
     for call in range(calls):
         which = call % len(batches)

@@ -56,7 +56,7 @@ def tables(
     as_json: Json = False,
 ):
     """Regenerate tables of the paper, and say how close they are to the reference. Interrupted work
-    is taken up.
+    is resumed.
 
     Example: cse tables 1 --data mvtec_ad --textures dtd/images --profile paper --seeds 3
     """
@@ -67,7 +67,7 @@ def tables(
     with errors('interrupted; the same command goes on from there'):
         from cse.lab.regenerate import print_tables
         if failed := print_tables(numbers, options, notebooks, fresh, as_json, quiet):
-            stop(f'failed: table {", ".join(map(str, failed))}; what was finished is on record', 1)
+            stop(f'failed: table {", ".join(map(str, failed))}; finished runs are on record', 1)
 
 @commands.command()
 def compare(

@@ -29,19 +29,19 @@ def work(
     config: Config, # Its settings
     train: int, # Training images
 ) -> int: # Images × epochs × pixels
-    "Pixels that pass through a training run."
+    "Number of pixels that pass through a training run."
     epochs = used_settings(method, config).get('epochs', 1)
     return train * epochs * config.crop**2
 
 def _pace(record):
-    "Seconds a pixel of a run."
+    "Seconds per pixel of a run."
     pixels = work(record['method'], record_config(record), record['data']['train'])
     return record['seconds']['total'] / pixels
 
 def estimates(
     records: list[dict], # Run records
-) -> dict[str, float]: # Method → seconds a pixel
-    "How long the methods took so far: medians over their records."
+) -> dict[str, float]: # Method → seconds per pixel
+    "Time per pixel of each method, the median over its records."
     found = defaultdict(list)
     for record in records:
         if not is_timing(record): found[record['method']].append(_pace(record))
@@ -49,23 +49,23 @@ def estimates(
 
 def known_paces(
     results: str | Path, # Folder of results
-) -> dict[str, float]: # Method → seconds a pixel
-    "How long the methods took on this machine, or else in the reference."
+) -> dict[str, float]: # Method → seconds per pixel
+    "Time per pixel of each method in this folder, or else in the reference."
     paces = {}
     for folder in (*reference_folder().glob('*/'), Path(results)):
         try: paces |= estimates(load_records(folder))
-        except (ConfigError, KeyError): continue # its own error comes when it is used
+        except (ConfigError, KeyError): continue # the folder raises its error when it is used
     return paces
 
 # %% ../../nbs/lab/06_grid.ipynb #4c851987
 def _identify(call, computed=None):
-    "Identity of the run that a call of `run` makes, here or by what computes it elsewhere."
+    "Identity of the run that a call of `run` makes, in this environment or in another."
     names = 'config', 'data', 'category', 'method', 'seed', 'textures'
     given = {name: call[name] for name in names if name in call}
     return identify(**given, computed=computed)
 
 def _on_this_machine(call):
-    "A call with the folders and the GPU of the worker that makes it."
+    "A call of `run` with the folders and the GPU of this worker."
     call = dict(call)
     for name in ('data', 'textures'):
         if call.get(name):
@@ -83,8 +83,8 @@ def _run_on_worker(
     call = _on_this_machine(call)
     if (found := _identify(call).key) != key:
         raise DataError(
-            f'{call["data"] or "built-in data"}: here the run is {found}, '
-            f'asked for was {key}; expected the same images, textures, '
+            f'{call["data"] or "built-in data"}: the worker has the run {found}, '
+            f'the caller {key}; expected the same images, textures, '
             'weights, source and versions on every worker')
     with tempfile.TemporaryDirectory() as own:
         try: check_results(results)
@@ -101,7 +101,7 @@ def _files(results, key):
 
 # %% ../../nbs/lab/06_grid.ipynb #ea6fddc2
 def _write(file, content):
-    "Write a file unless it is there already."
+    "Write a file unless it has this content already."
     if file.exists() and file.read_bytes() == content:
         return
     with replacing(file) as temporary:
@@ -112,7 +112,7 @@ def _fetch(
     results: str | Path, # Folder
     key: str, # Of the record
 ) -> Outcome: # Its value is the record
-    "Keep the record and the sheet of a run on a worker."
+    "Write the record and the sheet that a worker returned."
     if outcome.error: return outcome
     record, sheet = outcome.value
     record_file, sheet_file = _files(results, key)
@@ -143,19 +143,19 @@ def _run_here(calls, results, force, progress):
 
 # %% ../../nbs/lab/06_grid.ipynb #53aca463
 def _needs_gpu(config, scheduler):
-    "Whether the runs ask for a worker with a GPU."
+    "Do the runs need a worker with a GPU?"
     if config.device.startswith('cuda'):
         return True
     local = as_scheduler(scheduler)[0] == 'processes'
     return config.device == 'auto' and local and torch.cuda.is_available()
 
 def _computed(calls):
-    "What computes each run on this worker."
+    "Environment of each run on this worker."
     calls = map(_on_this_machine, calls)
     return [method_environment(*variant(c['method'], c['config'])) for c in calls]
 
 def _ask_worker(calls, scheduler, gpu):
-    "What computes each run on a worker. Raises what the worker raised."
+    "Environment of each run on a worker. Raises the error of the worker."
     need = {'GPU': 1} if gpu else {}
     task = Task('versions of a worker', (calls,), resources=need)
     outcome, = run_tasks(_computed, [task], scheduler, progress=False)
@@ -163,7 +163,7 @@ def _ask_worker(calls, scheduler, gpu):
     return outcome.value
 
 def _worker_task(title, call, computed, results, force, paces, gpu):
-    "A run as a task for workers, whose working folder is another."
+    "A run as a task for workers. Paths are absolute, since a worker has another working folder."
     identity = _identify(call, computed)
     folders = {name: str(Path(call[name]).resolve())
                for name in ('data', 'textures') if call.get(name)}
@@ -186,7 +186,7 @@ def _run_elsewhere(calls, results, force, scheduler, patience, progress):
     "Outcomes of the runs on workers, those on record first."
     paces, left = known_paces(results), []
     gpu = _needs_gpu(next(iter(calls.values()))['config'], scheduler)
-    asked = [None] * len(calls) # processes of this machine compute as this one
+    asked = [None] * len(calls) # processes of this machine have the environment of this one
     if as_scheduler(scheduler)[0] == 'address':
         asked = _ask_worker(list(calls.values()), scheduler, gpu)
     for (title, call), computed in zip(calls.items(), asked, strict=True):
@@ -221,15 +221,15 @@ def _success(outcome):
     return f'{title}: AUROC {auroc:.1f} %, {how}'
 
 def _show(outcome):
-    "Print what became of a run."
+    "Print the outcome of a run."
     error = outcome.error
-    if error and not type(error).__module__.startswith('cse.'): # which say what is wrong
+    if error and not type(error).__module__.startswith('cse.'): # errors of cse explain themselves
         traceback.print_exception(error, file=sys.stderr)
     line = _failure(outcome) if error else _success(outcome)
     say(line)
 
 def _collect(outcomes, titles, progress):
-    """Records in the order of their titles. Ctrl-C ends the rest.
+    """Records in the order of the titles. Ctrl-C cancels the other runs.
 
     Raises `GridError` if runs failed."""
     done = {}
@@ -245,7 +245,7 @@ def _collect(outcomes, titles, progress):
 
 # %% ../../nbs/lab/06_grid.ipynb #1202ce7a
 def _check_methods(methods, config):
-    "Refuse a method that is there twice under two names. Raises `ConfigError`."
+    "Refuse a method that is listed twice, also under two names. Raises `ConfigError`."
     variants = [variant(name, config) for name in methods]
     different = {digest([method, own.to_dict()]) for method, own in variants}
     if len(different) < len(methods):
@@ -262,11 +262,11 @@ def check_grid(
     scheduler: str, # Name of a scheduler
     results: str | Path, # Folder of results
 ):
-    "Raise `ConfigError` or `DataError` for what no run of the grid could use."
+    "Raise `ConfigError` or `DataError` for input that no run of the grid could use."
     if not (names and methods and seeds):
         raise ConfigError(
             f'nothing to run: categories {names}, '
-            f'methods {methods}, seeds {seeds}')
+            f'methods {methods}, seeds {seeds}; expected at least one of each')
     _check_methods(methods, config)
     as_scheduler(scheduler)
     if scheduler == 'local':
@@ -282,11 +282,11 @@ def grid(
     names: Sequence[str], # Categories
     methods: Sequence[str] = ('cse',), # As for `variant`
     seeds: Sequence[int] = (0,),
-    progress: bool = True, # Print a line a run
+    progress: bool = True, # Print one line per run
     scheduler: str = 'local', # Or 'processes:4', …
     patience: float = 6 * 3600, # As for `run_tasks`
     results: str | Path = 'results', # Folder of results
-    force: bool = False, # Run again what is on record
+    force: bool = False, # Also repeat runs that are on record
     **kw: object, # More arguments of `run`
 ) -> list[dict]: # Records, in the order of the grid
     "Run all combinations. Raises `GridError` at the end if some failed."

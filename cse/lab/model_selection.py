@@ -143,7 +143,7 @@ GRID = dict(
 ALONE = 'embedding alone' # the score of the paper
 
 def _name(settings):
-    "What a candidate is called in tables and files."
+    "Name of a candidate in tables and files."
     count = settings['embedders']
     layers = '+'.join(map(str, settings['density_layers']))
     return ', '.join((
@@ -166,7 +166,7 @@ def _features(detector, images):
     return [torch.cat(maps) for maps in zip(*batches)]
 
 def _joint_heads(detector, features):
-    "(layers, channels, share) → a fitted head, one after the other."
+    "Yields (layers, channels, share) and a fitted head, for each combination."
     config, seed = detector.config, detector.seed
     count = len(features[0])
     parts = pair_splits(count, config, seed)
@@ -199,7 +199,7 @@ def candidate_scores(
     known: torch.Tensor, # N×3×S×S images it was fitted to, in order
     others: torch.Tensor, # M×3×S×S images to be scored
 ) -> dict: # Name of a candidate → M scores
-    "The score of each candidate for some images."
+    "Scores of some images by each candidate."
     features = _features(detector, known)
     new = _features(detector, others)
     gaussians = {}
@@ -226,7 +226,7 @@ def _evidence_config(settings, device):
     for name in GRID.keys() & own.keys():
         raise ConfigError(
             f'settings: {name}={own[name]!r} '
-            'is what candidates differ in; '
+            'is varied between the candidates; '
             'expected other settings')
     most = dict(device=device, embedders=max(GRID['embedders']))
     return HybridConfig.smoke(**most | own)
@@ -261,7 +261,7 @@ def _one_surface(paths, defects, config, name, seed):
 
 # %% ../../nbs/lab/19_model_selection.ipynb #c83ea764
 def _evidence_file(results, config, identified, name, seed):
-    "Where the evidence of a surface and seed is kept."
+    "The file with the evidence of a surface and seed."
     found = identified.category
     decides = [
         fingerprint(by_content(config)), # the hash of the weights
@@ -297,7 +297,7 @@ def gather_evidence(
     textures: str = '', # Empty: built-in
     settings: dict = None, # Other settings
     categories: list | str = '', # Empty: all
-    seeds: int | list | str = 1, # How many
+    seeds: int | list | str = 1, # Number, or a list
     results: str = '', # Empty: not kept
     device: str = 'auto', # auto, cpu, cuda
 ) -> pd.DataFrame: # category, seed, candidate, kind, auroc
@@ -410,7 +410,7 @@ def _selected(config, candidate):
     return config.replace(**candidates()[candidate]), 'hybrid'
 
 def _comparisons(methods, profiles, settings, device):
-    "Label → settings and method of what stands beside the selection."
+    "Label → settings and method of everything that the selection is compared with."
     own = as_settings(settings)
     shared = _evidence_config(settings, device)
     hybrid = _hybrid_config(own, device)
@@ -498,7 +498,7 @@ def run_model_selection(
     return evidence, tested
 
 def _refuse_impossible(comparisons, data, names, textures):
-    "Raises `ConfigError` or `DataError` for what cannot be run."
+    "Raises `ConfigError` or `DataError` if something cannot be run."
     if len(names) < 2:
         raise ConfigError(
             f'categories={", ".join(names)}: expected two surfaces or more, '
@@ -517,7 +517,7 @@ def _milliseconds(tested):
 def model_selection_table(
     tested: pd.DataFrame, # The tests
 ) -> Markdown: # A table in Markdown
-    "AUROC in percent, mean and standard deviation over seeds, and ms an image."
+    "AUROC in percent, mean and standard deviation over seeds, and ms per image."
     times = _milliseconds(tested)
     cells = times.map(lambda ms: '–' if np.isnan(ms) else f'{ms:.1f}')
     frame = marked(spread_frame(tested, 'method')).assign(ms=cells)
@@ -571,7 +571,7 @@ def _caption(tested, record):
         'from tensor to score, in the fastest run.')
 
 def _facts(evidence, tested, record):
-    "What the numbers rest on."
+    "Data, textures, extractor, seeds and epochs behind the numbers."
     first = tested.groupby('method', sort=False).epochs.first()
     epochs = ', '.join(f'{count} ({method})' for method, count
                        in first.items() if method.startswith('CSE'))

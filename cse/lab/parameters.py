@@ -45,7 +45,7 @@ def as_list(
 # %% ../../nbs/lab/07_parameters.ipynb #3eba0e90
 def _whole(value):
     "A whole number, at least 0. Raises `ValueError`."
-    number = int(str(value)) # 1.7, True and '1e3' are none
+    number = int(str(value)) # 1.7, True and '1e3' are not
     if number < 0: raise ValueError
     return number
 
@@ -101,7 +101,7 @@ def _all_methods(table):
     modes = Config.__dataclass_fields__['decoder'].metadata['choices']
     if table == 5:
         return [f'cse/{mode}' for mode in modes]
-    aside = 'classifier', 'hybrid' # columns of Table 4, and beyond the paper
+    aside = 'classifier', 'hybrid' # in Table 4 only, and not in the paper
     return [name for name in METHODS if '/' not in name and name not in aside]
 
 def as_methods(
@@ -138,10 +138,11 @@ def default_categories(
     table: int = 1, # Number in the paper
     config: Config | None = None, # For TILDA
 ) -> list[str]: # Their names
-    """The categories of a table where none are named.
+    """The categories of a table if none are named.
 
-    These are the surfaces of MVTec AD (§4.2.1) if all of them are there,
-    and for Table 2 textiles (§4.2.2); else every category of the folder."""
+    Of built-in data, the surfaces (§4.2.1), and for Table 2 the textiles (§4.2.2).
+    Of a folder, the surfaces of MVTec AD if it has them all and the table is not
+    Table 2, else every category."""
     usual = TEXTILES if table == 2 else SURFACES
     if not data: return list(usual)
     names = category_names(data, config or Config())
@@ -152,15 +153,15 @@ def default_categories(
 _PLAIN = str, int, float, bool, list, tuple, dict, type(None)
 
 def _is_parameter(name, value):
-    "Whether a name is a parameter, not an import or a cell of IPython."
+    "Is a name a parameter, not an import or a variable of IPython?"
     if name.startswith('_') or name in ('In', 'Out'):
         return False
     return isinstance(value, _PLAIN)
 
 def read_parameters(
     namespace: dict[str, object], # `globals()` right after the parameters
-    function: Callable | None = None, # `run_table`
-) -> dict[str, object]: # Arguments for it
+    function: Callable | None = None, # That takes them; None for `run_table`
+) -> dict[str, object]: # Arguments of the function
     "The parameters of a table notebook. Raises `ConfigError` for an unknown one."
     found = {name: value for name, value in namespace.items()
              if _is_parameter(name, value)}
@@ -179,7 +180,7 @@ _KINDS = dict.fromkeys(('profile', 'textures', 'data'), str) | dict(settings=dic
 _KINDS |= dict.fromkeys(_LISTED, list)
 
 def _checked_entry(entry):
-    "What a table was asked for. Raises `ValueError` if it is damaged."
+    "Check the request of a table. Raises `ValueError` if it is damaged."
     for name, kind in _KINDS.items():
         value = entry.get(name)
         if not isinstance(value, kind): raise ValueError(f'{name}={value!r}, expected {kind.__name__}')
@@ -188,30 +189,30 @@ def _checked_entry(entry):
 
 def read_asked(
     results: str | Path, # Folder of results
-) -> dict[int, dict]: # Number of a table → what was asked for
-    "What a folder of results was asked for. Raises `ConfigError` if its file is damaged."
+) -> dict[int, dict]: # Number of a table → its request
+    "The requests of a folder of results. Raises `ConfigError` if their file is damaged."
     file = Path(results)/'asked.json'
     if not file.exists(): return {}
     try:
         return {int(table): _checked_entry(entry) for table, entry in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as e:
         raise ConfigError(
-            f'{file}: is damaged ({e}); expected JSON with an entry a table; '
+            f'{file}: is damaged ({e}); expected JSON with one entry per table; '
             'delete it, or use another folder of results') from e
 
 def join_asked(
     results: str | Path, # Folder of results
     table: int, # Number in the paper
     new: dict, # profile, settings, textures, data, methods, categories, seeds
-) -> dict[int, dict]: # Number of a table → what is asked for
-    "What a folder is asked for with another call. Raises `ConfigError` for other settings or data."
+) -> dict[int, dict]: # Number of a table → its request
+    "The requests of a folder with a new one added. Raises `ConfigError` for other settings or data."
     asked, file = read_asked(results), Path(results)/'asked.json'
     if Path(results).resolve().is_relative_to(reference_folder().resolve()):
         raise ConfigError(f'{results}: is the reference; expected a folder of runs')
     return asked | {table: _joined(asked.get(table, {}), new, file)}
 
 def _joined(old, new, file):
-    "The entry of a table after another call."
+    "The request of a table with a new one added."
     for name in new:
         if name in _LISTED or old.get(name, new[name]) == new[name]: continue
         raise ConfigError(
@@ -225,7 +226,7 @@ def note_asked(
     table: int, # Number in the paper
     **new: object, # profile, settings, textures, data, methods, categories, seeds
 ) -> None:
-    "Keep what a folder is asked for. Raises `ConfigError` for other settings or data than before."
+    "Store the request of a table. Raises `ConfigError` for other settings or data than before."
     file = Path(results)/'asked.json'
     with locked(file), replacing(file) as temporary:
         asked = join_asked(results, table, new)
@@ -233,28 +234,28 @@ def note_asked(
 
 # %% ../../nbs/lab/07_parameters.ipynb #a7000008
 def _computed_by(record):
-    "What computed a run."
+    "Code, device, engine and versions of a run."
     names = 'code', 'device', 'engine', 'torch', 'timm'
     return [record['environment'].get(name) for name in names]
 
 def _newest(records):
-    "The records that were computed by what computed the latest one."
+    "The records from the environment of the latest one."
     if not records: return []
     latest = _computed_by(max(records, key=lambda r: r['time']))
     return [r for r in records if _computed_by(r) == latest]
 
 def _fingerprint(record):
-    "Method and settings of a record."
+    "Method of a record, and fingerprint of its settings."
     return record['method'], fingerprint(record_config(record))
 
 def _column(name, base):
-    "Method and fingerprint of a column."
+    "Method of a column, and fingerprint of its settings."
     if name in BASELINES: method, config = name, baseline_config(name, base)
     else: method, config = variant(name, base)
     return method, fingerprint(method_config(method, config))
 
 def _wanted(entry, table):
-    "Method and settings of each column that a table can have."
+    "Method and fingerprint of each column that a table can have."
     base = from_profile(entry['profile'], HybridConfig, **entry['settings'])
     names = [*entry['methods'], *_all_methods(table), *['hybrid'] * (table < 3)]
     return {_column(name, base) for name in names}
@@ -272,7 +273,7 @@ def _runs_of_table(records, table, entry):
         and r['seed'] in entry['seeds'] and _fingerprint(r) in wanted]
 
 def _timings_of_table(records, entry):
-    "Timings of the machine that measured last."
+    "Timings from the machine of the latest timing."
     base = from_profile(entry['profile'], **entry['settings'])
     here = [
         r for r in records
@@ -286,15 +287,15 @@ def _timings_of_table(records, entry):
 def table_records(
     records: list[dict], # All records of a folder
     table: int, # Number in the paper
-    entry: dict, # What the folder was asked for, for this table
+    entry: dict, # The request of the table
 ) -> list[dict]: # Records of the table
-    "The records of a folder that stand in a table."
+    "The records of a folder that belong in a table."
     if table == 3: return _timings_of_table(_newest(list(filter(is_timing, records))), entry)
     return _newest(_runs_of_table(records, table, entry))
 
 # %% ../../nbs/lab/07_parameters.ipynb #08515029
 def _check_columns(chosen, table, settings):
-    "Refuse decoder modes outside Table 5 or beside a decoder setting. Raises `ConfigError`."
+    "Refuse decoder modes outside Table 5 or together with a decoder setting. Raises `ConfigError`."
     modes = [name for name in chosen if '/' in name]
     modes = ', '.join(name for name in modes if name not in METHODS)
     if not modes: return
@@ -304,7 +305,7 @@ def _check_columns(chosen, table, settings):
             f'not of Table {table}')
     if 'decoder' in settings:
         raise ConfigError(
-            f'settings: decoder is what the columns {modes} differ in; '
+            f'settings: decoder is also set by the columns {modes}; '
             'expected it in one place')
 
 def _check_categories(names, data):
@@ -317,7 +318,7 @@ def _check_categories(names, data):
 
 # %% ../../nbs/lab/07_parameters.ipynb #a7000009
 def _check_weights(config):
-    "Refuse a file of weights that is not there. Raises `ConfigError`."
+    "Refuse a weights file that does not exist. Raises `ConfigError`."
     places = 'timm', 'packaged', 'random'
     if config.weights in places or Path(config.weights).is_file(): return
     raise ConfigError(
@@ -325,7 +326,7 @@ def _check_weights(config):
         f'expected {", ".join(places)} or the path of a file')
 
 class Plan(NamedTuple):
-    "The runs that a table asks for."
+    "The runs of a table, before they are made."
     config: Config # Settings of all runs
     asked: dict # profile, settings, textures, data, methods, categories, seeds
 
@@ -348,7 +349,7 @@ def plan_table(
     seeds: int | list | str = 1, # Number, or a list
     device: str = 'auto', # Where to compute
 ) -> Plan:
-    "What a table asks for. Raises `ConfigError`."
+    "Settings and request of a table. Raises `ConfigError`."
     own = _own_settings(extractor, weights, settings)
     chosen = as_methods(methods, table)
     kind = HybridConfig if 'hybrid' in chosen else Config
@@ -380,11 +381,11 @@ def run_table(
     methods: list | str = 'cse', # Names, or 'all'
     seeds: int | list | str = 1, # Number, or a list
     results: str = '', # Empty for a temporary folder
-    force: bool = False, # Run again what is on record
+    force: bool = False, # Also repeat runs that are on record
     device: str = 'auto', # Where to compute
     scheduler: str = 'local', # Or 'processes:4', …
 ) -> list[dict]: # Records
-    """The runs behind a table of the paper, and what its folder has on record for it.
+    """Run what a table of the paper needs. Returns these records, and others of its folder that belong in it.
 
     Raises `ConfigError` and `GridError`."""
     plan = plan_table(table, data, textures, profile, extractor, weights,

@@ -16,7 +16,7 @@ class Published:
     title: str # What it shows
     data: str # Data set of its numbers
     columns: dict[str, str] # Column as printed → key of the method
-    rows: dict[str, tuple] # Category → one number a column
+    rows: dict[str, tuple] # Category → one number per column
     unit: str = 'image AUROC, %' # Unit of the numbers
     variant: str = '' # Path in a record to the setting that tells columns apart
     variants_of: str = '' # The method with that setting; empty: all
@@ -26,7 +26,7 @@ PUBLISHED = {}
 
 # %% ../../nbs/lab/08_published.ipynb #f7486a79
 class ReportError(ValueError):
-    "A table that the paper does not have, or records that cannot stand in one table."
+    "Raised for a table that the paper does not have, or for records that do not belong in one table."
 
 # %% ../../nbs/lab/08_published.ipynb #5d5ed45c
 def published_table(
@@ -40,7 +40,7 @@ def published_table(
 def published_frame(
     table: int, # Number of the table
 ) -> pd.DataFrame: # Methods × categories
-    "A published table, one row a method."
+    "A published table, one row per method."
     paper = published_table(table)
     methods = pd.Index(paper.columns, name='method')
     return pd.DataFrame(paper.rows, index=methods, dtype=object)
@@ -154,7 +154,7 @@ PUBLISHED[5] = Published(
 
 # %% ../../nbs/lab/08_published.ipynb #b5e51674
 def published_means() -> pd.DataFrame: # table, method, printed, computed, agrees
-    "Each printed mean beside the mean of its row; they agree within rounding, 0.05."
+    "Each printed mean and the mean of its row. They agree if they differ by at most 0.05, from rounding."
     rows = []
     for table, paper in PUBLISHED.items():
         if 'mean' not in paper.rows: continue

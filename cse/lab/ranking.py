@@ -50,7 +50,7 @@ def behind(
     found: pd.DataFrame, # method × category, percent
     method: str, # The method that is compared with the others
 ) -> pd.DataFrame: # Other method → its points against `method`: mean, half, worst, where
-    "Paired differences of the other methods, with half their 95 % interval and the lowest difference."
+    "Paired differences of the other methods, half the width of their 95 % interval, the lowest difference."
     points = found.drop(method) - found.loc[method]
     intervals = [mean_interval(row) for row in points.to_numpy()]
     mean, half = zip(*intervals) if intervals else ((), ())

@@ -37,7 +37,7 @@ def _network(record):
 
 # %% ../../nbs/lab/20_report_page.ipynb #b91d1a3c
 class Shared(list):
-    "Values that many runs have in common, each once."
+    "Distinct values, each shared by many runs."
 
     def place(
         self,
@@ -48,7 +48,7 @@ class Shared(list):
         return self.index(value)
 
 # %% ../../nbs/lab/20_report_page.ipynb #886ff337
-CREDITS = { # fingerprint of images whose licence asks for a name
+CREDITS = { # fingerprint of images → the attribution that their licence requires
     'cc1f563818c31ed1': 'VSB wood, Kodytek et al. 2022, CC BY 4.0.'}
 
 def _credit(data):
@@ -77,7 +77,7 @@ def _worst_view(record):
             for some in worst(record['labels'], scores)]
 
 def _run_facts(record):
-    "What a run has and a timing has not."
+    "Fields of a run that a timing does not have."
     metrics, training = record['metrics'], record['training']
     scores = list(zip(record['labels'], record['scores']))
     return dict(
@@ -96,7 +96,7 @@ def _run_facts(record):
 
 # %% ../../nbs/lab/20_report_page.ipynb #cd9eda71
 def _timing_facts(record):
-    "What a timing has and a run has not."
+    "Fields of a timing that a run does not have."
     m, timing = record['metrics'], record['timing']
     facts = [
         ('Tensor to score', f'{m["latency_ms"]:.1f} ms'),
@@ -104,7 +104,7 @@ def _timing_facts(record):
             '5th to 95th percentile',
             f'{m["latency_low_ms"]:.1f}–{m["latency_high_ms"]:.1f} ms'
         ),
-        ('Frames a second', f'{m["fps"]:.1f}'),
+        ('Frames per second', f'{m["fps"]:.1f}'),
         ('File to score', f'{m["file_latency_ms"]:.1f} ms')]
     calls = [
         ('tensor to score', _four(timing['model_ms'])),
@@ -113,14 +113,14 @@ def _timing_facts(record):
 
 # %% ../../nbs/lab/20_report_page.ipynb #848beb5d
 def _method(record):
-    "The method in words, with the decoder mode where it is not the usual one."
+    "The method in words, with the decoder mode if it is not the default."
     name = column_name(record, PUBLISHED[3 if is_timing(record) else 1])
     decoder = record['config'].get('decoder')
     is_usual = record['method'] != 'cse' or decoder == Config().decoder
     return name if is_usual else f'{name}, decoder {decoder}'
 
 def _group(record):
-    "What runs share that differ in their seed only."
+    "A key that is the same for runs that differ in their seed only."
     names = (
         record['method'],
         record.get('form', ''),
@@ -136,7 +136,7 @@ def _marked(name, images):
 
 # %% ../../nbs/lab/20_report_page.ipynb #ff93d7a5
 def _provenance(record):
-    "Where a run comes from: (name, words)."
+    "Provenance of a run: (name, words)."
     data = record['data']
     textures = record['textures']
     extractor = record['extractor']
@@ -170,7 +170,7 @@ def run_view(
         profile=record['profile'],
         seed=record['seed'],
         extractor=_network(record),
-        changed=changed_settings(record, PUBLISHED[4]), # varies no setting
+        changed=changed_settings(record, PUBLISHED[4]), # a table that varies no setting
         config=configs.place(record['config']),
         versions=versions.place(record['versions']),
         group=_group(record),
@@ -206,7 +206,7 @@ def _cells(frame, comparable, keys, table):
         sub=_cell_note(row, comparable, table),
         order=row.ours if row.seeds else -1, # by which the column is sorted
         mean=row.category == 'mean',
-        key=keys.get((row.method, row.category)), # the run to which the cell leads
+        key=keys.get((row.method, row.category)), # the run that the cell links to
     ) for row in frame.itertuples()]
 
 # %% ../../nbs/lab/20_report_page.ipynb #936c8b01
@@ -327,7 +327,7 @@ def _speed_series(runs):
     ) for kind, words in kinds.items()]
 
 def _auroc_series(runs, categories, published):
-    "Points of the plots of AUROC: one series a method."
+    "Points of the plots of AUROC: one series per method."
     series = []
     for method, some in runs.items():
         paper = [(categories.index(row.category), row.published)
@@ -365,7 +365,7 @@ def _pack(text):
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 def _tables(folders):
-    "Name, number and records of each table, those without runs included."
+    "Name, number and records of each table, including tables without runs."
     tables = []
     for folder in folders:
         records = load_records(folder)
@@ -381,17 +381,17 @@ def _tables(folders):
     return sorted(tables, key=lambda t: (t[1], t[0]))
 
 def _picture(path):
-    "A picture as an address that holds it."
+    "A picture as a data URL."
     return 'data:image/webp;base64,' + base64.b64encode(path.read_bytes()).decode()
 
 # %% ../../nbs/lab/20_report_page.ipynb #067a68d9
 WHY = (
-    'a record holds none. Every run leaves them in the folder '
-    '`pictures` of its results; they are not passed on with the '
+    'a record holds none. Every run writes them to the folder '
+    '`pictures` of its results; they are not part of the '
     'repository, since most data sets do not allow it.')
 
 def _data(folders, records, tables):
-    "What the script of the page reads."
+    "The data for the script of the page."
     configs, versions = Shared(), Shared()
     runs = [run_view(r, configs, versions) for r in records]
     pictures = [p for folder in folders for p in sorted((folder/'pictures').glob('*.webp'))]
@@ -407,7 +407,7 @@ def _days(records):
     return ' to '.join(dict.fromkeys(days[:1] + days[-1:]))
 
 def _summary(records, tables):
-    "What the head of the page says, and its tables."
+    "The facts in the head of the page, and its tables."
     timings = sum(map(is_timing, records))
     other_data = {
         r['data']['name'] for r in records if not r['data']['published']
@@ -436,11 +436,11 @@ def write_page(
     results: str | Path, # Folder of results, or of several
     out: str | Path = '', # The page; empty: report/index.html in that folder
 ) -> Path: # The page
-    """Write results as one HTML file that loads nothing.
+    """Write results as one HTML file that loads no other file.
 
     Raises `ModuleNotFoundError` without the extra `report`,
     `ConfigError` for a folder without records, `RecordError` for a damaged one, and
-    `ReportError` for records that do not fit into their table."""
+    `ReportError` for records that do not belong in one table."""
     import jinja2, markupsafe
     folders = result_folders(results)
     out = Path(out or Path(results)/'report'/'index.html')
@@ -461,6 +461,6 @@ def write_page(
         _summary(records, tables),
         packed={name: _pack(text) for name, text in scripts.items()},
         datatables_css=markupsafe.Markup(style))
-    page = page.encode(errors='backslashreplace') # names of files may be no text
+    page = page.encode(errors='backslashreplace') # a file name may be invalid text
     with replacing(out) as temporary: temporary.write_bytes(page)
     return out

@@ -28,7 +28,7 @@ from ..metrics import auroc
 _ALLOWED = 3 # standard deviations
 
 class Spread(NamedTuple):
-    "Standard deviations of AUROC that were measured, in points, pooled over cells."
+    "Measured standard deviations of AUROC, in points, pooled over cells."
     seeds: dict[str, float] = {} # Column → between seeds
     machines: dict[str, float] = {} # Column → between machines
     seed: float = math.nan # Between seeds, over all columns
@@ -37,14 +37,14 @@ class Spread(NamedTuple):
     def of(self,
         method: str, # Column
     ) -> tuple[float, float]: # Between seeds, between machines
-        "What is known of a method, or else of all."
+        "Standard deviations of a method; of all methods if it was not measured."
         return self.seeds.get(method, self.seed), self.machines.get(method, self.machine)
 
 def _root_mean_square(values): return math.sqrt((values**2).mean())
 
 def measured_spread(
     reference: str | Path, # A folder of results; its parent holds `spread.csv`
-) -> Spread: # As if nothing were known where there is no such file
+) -> Spread: # Empty if there is no such file
     "The spread that was measured for the reference."
     file = Path(reference).parent/'spread.csv'
     if not file.exists(): return Spread()
@@ -75,14 +75,14 @@ class Cell:
     category: str # 'mean' for the mean over the categories
     ours: float # AUROC in percent; in Table 3 milliseconds on the machine of the reference
     reference: float # The same
-    band: float # Largest difference, in Table 3 largest factor, that is allowed
-    seeds: int # Over which ours is a mean
+    band: float # Largest allowed difference; in Table 3, largest allowed factor
+    seeds: int # Number of seeds in our mean
     identical: bool = False # Are all scores the same to the last bit?
     note: str = '' # Why the cell cannot be compared
 
     @property
     def apart(self) -> float: # Points, in Table 3 a factor of at least 1
-        "How far the two values are apart."
+        "Difference of the two values."
         if self.table != 3: return abs(self.ours - self.reference)
         return max(self.ours / self.reference, self.reference / self.ours)
 
@@ -96,10 +96,10 @@ def band(
     sds: tuple[float, float], # Standard deviations between seeds and between machines, in points
     ours: list[int], # Seeds of one side
     reference: list[int], # Seeds of the other
-    cells: int = 1, # Over which the value is a mean
-    least: float = 0., # What is allowed in any case
+    cells: int = 1, # Number of cells in the mean
+    least: float = 0., # Difference that is always allowed
 ) -> tuple[float, list[int]]: # Points of AUROC; the seeds that both have
-    "What a difference of means may be by chance."
+    "The difference of means that is allowed, since chance explains it."
     shared = sorted(set(ours) & set(reference))
     if shared: spread = sds[1] * math.sqrt(2 / len(shared))
     else: spread = sds[0] * math.sqrt(1 / len(ours) + 1 / len(reference))
@@ -137,7 +137,7 @@ def obstacle(
 
 # %% ../../nbs/lab/21_reproduction.ipynb #b9f21493
 def _deviations_of(reference, method, table, spread):
-    "Standard deviations of a method: by the seeds of the reference where it has several, or as measured."
+    "Standard deviations of a method: from the seeds of the reference if it has several, else as measured."
     cells = seed_values(reference, table).items()
     seeds = [[v for v, *_ in cell.values()] for (name, category), cell in cells
              if name == method and category != 'mean']
@@ -147,7 +147,7 @@ def _deviations_of(reference, method, table, spread):
     return sd, ratio * sd
 
 def _least(records, categories):
-    "What one exchanged pair of images costs a mean over categories, in points."
+    "Change of a mean over categories by one exchanged pair of images, in points."
     sizes = {r['category']: r['data']['test_good'] * r['data']['test_defective'] for r in records}
     return 100 / min(sizes[category] for category in categories) / len(categories)
 
@@ -232,7 +232,7 @@ class Reproduction:
         return '\n'.join(lines)
 
 def _count(cells):
-    "How many cells are reproduced, of how many."
+    "The number of reproduced cells, and of all cells."
     return f'{sum(c.reproduced for c in cells)} of {len(cells)}'
 
 def _failure(cell):
@@ -244,7 +244,7 @@ def _failure(cell):
     return f'  {place}: {cell.ours:.1f}, in the reference {cell.reference:.1f}; expected {allowed}'
 
 def _table_lines(cells):
-    "What is said of a table: one line, and one for each cell that is not reproduced."
+    "Lines about a table: a summary, and one line for each cell that is not reproduced."
     counted = [c for c in cells if c.category != 'mean']
     apart = [c.apart for c in counted if not math.isnan(c.ours)]
     table, identical = cells[0].table, sum(c.identical for c in counted)
@@ -259,20 +259,20 @@ _SAME = 'profile', 'settings', 'textures', 'data'
 
 def find_reference(
     table: int, # Number in the paper
-    entry: dict, # What was asked for
-) -> Path | None: # None if nothing like it is there
-    "The folder of the reference that was asked for the same."
+    entry: dict, # The request of the table
+) -> Path | None: # None if there is none
+    "The folder of the reference with the same request."
     for file in sorted(reference_folder().glob('*/asked.json')):
         known = read_asked(file.parent).get(table, {})
         if all(known.get(name) == entry[name] for name in _SAME): return file.parent
     return None
 
 def _check_same(entry, known, runs, folder, table):
-    "Refuse folders that were asked for different things. Raises `ConfigError`."
+    "Refuse folders with different requests. Raises `ConfigError`."
     for name in _SAME:
         if entry[name] == known[name]: continue
         raise ConfigError(
-            f'{runs}: table {table} was asked for with {name}={entry[name]!r}, '
+            f'{runs}: table {table} was made with {name}={entry[name]!r}, '
             f'{folder} with {known[name]!r}; expected the same in both')
 
 def compare_table(
@@ -287,7 +287,7 @@ def compare_table(
     return _auroc_cells(ours, reference, table, spread)
 
 def _missing(entry, cells, reference, table):
-    "Cells that were asked for, that the reference has, and that are not on record."
+    "Requested cells that the reference has and that are not on record."
     if table == 3: return []
     columns = {name: {r['category'] for r in reference if column_name(r, published_table(table)) == name}
                for name in asked_columns(entry['methods'], table)}
@@ -309,7 +309,7 @@ def compare(
     runs: str | Path, # Folder of results
     reference: str | Path = '', # Another one; empty: the reference of this project
 ) -> Reproduction:
-    "Compare a folder of results with the reference. Raises `ConfigError` for folders that do not fit."
+    "Compare a folder of results with the reference. Raises `ConfigError` if they cannot be compared."
     asked, cells, alone = read_asked(runs), [], []
     if not asked:
         raise ConfigError(f'{runs}: holds no runs of a table; expected a folder of results, '
@@ -329,14 +329,14 @@ def compare(
 
 # %% ../../nbs/lab/21_reproduction.ipynb #9032c2bd
 def _verdict(cell):
-    "What is said of a cell."
+    "The verdict on a cell."
     if cell.note: return cell.note
     if cell.identical: return 'equal to the last bit'
     return 'reproduced' if cell.reproduced else 'not reproduced'
 
 def reproduction_table(
     cells: list[Cell], # Of one table
-) -> Markdown: # One line a cell
+) -> Markdown: # One line per cell
     "Our values beside those of the reference."
     lines = [{
         'method': c.method,
@@ -352,7 +352,7 @@ def reproduction_table(
 def reproduction_plot(
     cells: list[Cell], # Of one table
 ) -> Figure | None: # Closed for pyplot; None without a cell
-    "Ours over reference; the grey lines are what is allowed."
+    "Our values against those of the reference; grey lines show the allowed range."
     cells = [c for c in cells if not math.isnan(c.ours)]
     if not cells: return None
     x, y = ([getattr(c, name) for c in cells] for name in ('reference', 'ours'))
@@ -394,14 +394,14 @@ MACHINES = { # name → environment of the process, settings of the runs
     'PyTorch': (dict(OMP_NUM_THREADS='1'), dict(engine='torch'))}
 
 def _worker():
-    "Run the tables that standard input asks for."
+    "Run the tables that are listed on standard input."
     for table, given in json.load(sys.stdin): run_table(table, **given)
 
 def run_as(
     machine: str, # A name of `MACHINES`
     tables: dict[int, dict], # Number of the table → parameters of `run_table`
-    results: str | Path, # Folder of several; the runs go to the one of this machine
-) -> Path: # That folder
+    results: str | Path, # Parent folder; the runs go to a folder named after the machine
+) -> Path: # This folder
     "Run tables as another machine would. Raises `ConfigError` if that fails."
     environment, settings = MACHINES[machine]
     folder = Path(results).resolve()/machine.replace(' ', '-')
@@ -417,16 +417,16 @@ def run_as(
     return folder
 
 def _deviations(varied, cells):
-    "Standard deviation of each cell over what was varied."
+    "Standard deviation of each cell over machines or over seeds."
     return [
         dict(varied=varied, table=table, method=method, category=category,
              runs=len(values), sd=np.std(values, ddof=1))
         for (table, method, category), values in cells.items() if len(values) > 1]
 
 def spread_frame(
-    folders: list[Path], # Of `run_as`, the usual one first, which has several seeds
+    folders: list[Path], # Of `run_as`; the first has several seeds
 ) -> pd.DataFrame: # varied ('machine' or 'seed'), table, method, category, runs, sd in points
-    "How far AUROC is spread between machines and between seeds."
+    "Standard deviation of AUROC between machines and between seeds."
     machines, seeds = defaultdict(list), defaultdict(list)
     for number, folder in enumerate(folders):
         records = load_records(folder)

@@ -20,7 +20,7 @@ from ..config import ConfigError
 # %% ../../nbs/lab/02_scheduling.ipynb #5939ee58
 @dataclass(frozen=True)
 class Task:
-    "A call, and what a scheduler has to know about it."
+    "The arguments of a call, and what a scheduler needs to know about it."
     title: str # Its name in messages
     args: tuple = () # Arguments of the function
     seconds: float = 60. # Expected duration
@@ -30,12 +30,12 @@ class Task:
 class Outcome:
     "How a task ended."
     task: Task
-    seconds: float # Duration, transfer to the worker and back included
+    seconds: float # Duration, including the transfer to the worker and back
     value: object = None # What the function returned
     error: Exception | None = None # What it raised instead
 
 class WorkerLost(RuntimeError):
-    "The workers of a task died, or hung and were removed, too often."
+    "Raised when a task lost its worker too often, or when there was no worker for too long."
 
 # %% ../../nbs/lab/02_scheduling.ipynb #ef20cae5
 def remaining(
@@ -93,7 +93,7 @@ def _worker_options(count, gpus):
         if not 0 < count <= len(devices):
             raise ConfigError(
                 f'scheduler=processes:{count or ""}: expected at most '
-                f'one process a GPU, of which there are {len(devices)}')
+                f'one process per GPU; GPUs found: {len(devices)}')
     cores = _visible_cores()
     count = count or cores
     resources = {'threads': max(1, cores // count)}
@@ -145,8 +145,8 @@ def _processes(count, gpus):
         try: cluster = SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL)
         except RuntimeError as e:
             raise ConfigError(
-                f'scheduler=processes:{len(options)}: the processes did not start ({e}) '
-                f'If a script starts them: {_GUARD}') from None
+                f'scheduler=processes:{len(options)}: the processes did not start ({e}). '
+                f'If a script makes this call: {_GUARD}') from None
         try: yield cluster
         finally:
             _close(cluster, others)
@@ -156,17 +156,17 @@ def is_guarded(
     source: str, # Of a script
     line: int, # Of a statement in it
 ) -> bool: # Whether the statement runs only where the script is started
-    "Find `if __name__ == '__main__':`, or another word for it, around a line."
+    "Is a line inside `if __name__ == '__main__':`, or inside an equivalent test?"
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.If) or not node.lineno <= line <= node.end_lineno: continue
         words = ast.unparse(node.test)
         if any(w in words for w in ('__main__', 'MainProcess', 'parent_process')): return True
     return False
 
-_GUARD = "expected a file, with the line under `if __name__ == '__main__':`"
+_GUARD = "expected a script file, with this call under `if __name__ == '__main__':`"
 
 def _line_of(script):
-    "The line of a script that is running, None where another thread runs it."
+    "The running line of a script, None if another thread runs it."
     frame, found = sys._getframe(), None
     while frame:
         here = frame.f_globals is vars(script) and frame.f_code.co_name == '<module>'
@@ -179,11 +179,11 @@ def check_main_guard(
 ):
     """Refuse to start processes from the top level of a script. Raises `ConfigError`.
 
-    In a process that imports such a script nevertheless, it ends the process."""
+    A process that imports such a script anyway is ended."""
     if getattr(multiprocessing.current_process(), '_inheriting', False): raise SystemExit(1)
     script = sys.modules['__main__']
     file, line = getattr(script, '__file__', None), _line_of(script)
-    if not file or not line: return # nothing is imported again, or nobody can tell
+    if not file or not line: return # nothing is imported again, or the line is unknown
     try: guarded = is_guarded(Path(file).read_text(encoding='utf-8'), line)
     except (OSError, ValueError, SyntaxError): guarded = not file.startswith('<')
     if guarded: return
@@ -204,7 +204,7 @@ def _kept_environment(names):
             else:
                 os.environ[name] = value
 
-ANSWER = 10 # seconds that a Dask scheduler has to answer
+ANSWER = 10 # seconds to wait for the answer of a Dask scheduler
 
 def _client(place, name):
     "A client of the scheduler at an address, of a scheduler file, or of a cluster."
@@ -217,7 +217,7 @@ def _client(place, name):
         raise ConfigError(
             f'scheduler={name!r}: no Dask scheduler answers there ({e})') from e
 
-# Ctrl-C on a terminal reaches all processes; only this one answers it
+# Ctrl-C on a terminal reaches all processes; only this one handles it
 _ignore_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 @contextlib.contextmanager
@@ -225,7 +225,7 @@ def connect(
     scheduler: str, # 'processes', 'processes:N', an address, or a scheduler file
     gpus: bool = False, # Whether tasks need a GPU
 ): # A Dask client
-    "Connect to a cluster, or to processes that end with the block."
+    "Connect to a cluster, or start processes that end with the block."
     kind, place = as_scheduler(scheduler)
     if kind == 'processes': check_main_guard(scheduler)
     try: import distributed
@@ -251,7 +251,7 @@ def _room(worker, need):
     return min([worker['nthreads'], *fits])
 
 def slots(
-    workers: dict[str, dict], # 'nthreads' and 'resources' of each, as Dask has them
+    workers: dict[str, dict], # 'nthreads' and 'resources' of each, as Dask reports them
     need: dict[str, float], # Resources of a task
 ) -> int: # Tasks
     "How many tasks of a kind can run at the same time."
@@ -259,16 +259,16 @@ def slots(
 
 # %% ../../nbs/lab/02_scheduling.ipynb #3fa71760
 def say(
-    line: str, # A title may have any characters
+    line: str, # May contain any characters
 ):
-    "Print a line above bars. Characters that standard output cannot take are escaped."
+    "Print a line above progress bars. Characters that standard output cannot encode are escaped."
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     line = line.encode(encoding, 'backslashreplace').decode(encoding)
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 class _Board:
-    "Counts finished tasks and shows the state of the whole in one line."
+    "Counts finished tasks and shows the overall state in one line."
     def __init__(self, total, progress):
         self.total = total
         self.done = self.failed = 0
@@ -316,11 +316,11 @@ class _Running(NamedTuple):
     future: object # Of Dask
 
 class _Watch:
-    "Sees the workers of a Dask client, the tasks on them, and since when they run."
+    "Follows the workers of a Dask client, the tasks on them, and how long these run."
     def __init__(self, client, patience):
         self.client = client
         self.patience = patience
-        self.workers = {} # Address → what Dask says about it
+        self.workers = {} # Address → what Dask reports about it
         self.since = {} # (key of a future, address) → first seen there
         self.looked = 0.
         self.alive = time.monotonic()
@@ -336,7 +336,7 @@ class _Watch:
         if now - self.alive > max(self.patience, 600):
             raise WorkerLost(
                 f'there was no worker for {now - self.alive:.0f} s; '
-                'what was finished is kept')
+                'finished tasks are kept')
         since = {}
         for address, keys in self.client.processing().items():
             for key in keys:
@@ -404,7 +404,7 @@ class _Dispatcher:
         future.add_done_callback(self.finished.put)
 
     def collect(self):
-        "Wait up to a second for an outcome. None if a task runs again."
+        "Wait up to a second for an outcome. None if there is none, or if the task runs again."
         from distributed import KilledWorker
         try:
             future = self.finished.get(timeout=1)
@@ -425,7 +425,7 @@ class _Dispatcher:
         return Outcome(task, time.monotonic() - start, value, error)
 
     def _count_loss(self, task):
-        "Put a task back whose worker was lost. An error if that is too often."
+        "Put a task back after its worker was lost. Return an error after too many losses."
         self.watch.looked = 0. # look again before the next task
         self.lost[task.title] += 1
         if self.lost[task.title] <= self.retries:
@@ -446,7 +446,7 @@ def _described(need):
     return ' '.join(words) or 'a free thread'
 
 def _state(dispatcher, watch):
-    "Estimates of what is left, places, running tasks, missing workers."
+    "Estimates of the unfinished tasks, slots, running tasks, resources that no worker offers."
     workers = watch.workers
     running = dispatcher.running
     left = [run.task.seconds for run in running.values()]
@@ -490,14 +490,14 @@ def run_tasks(
     tasks: list[Task],
     scheduler: object = 'local', # Name of a scheduler, or a Dask client
     retries: int = 2, # New attempts after the worker of a task was lost
-    patience: float = 6 * 3600, # Least limit for a task, seconds
+    patience: float = 6 * 3600, # Minimum time limit of a task, seconds
     progress: bool = True, # Show what is done and what runs
 ) -> Iterator[Outcome]: # As tasks finish
-    """Run tasks anywhere. Closing the iterator, or Ctrl-C, cancels the rest.
+    """Run tasks with any scheduler. Closing the iterator, or Ctrl-C, cancels the rest.
 
     A script that uses `processes` needs `if __name__ == '__main__':`,
     as always where Python starts processes; see `check_main_guard`. A Dask scheduler of your own
-    repeats lost tasks by its `allowed-failures`; `retries` comes on top."""
+    repeats a lost task up to `allowed-failures` times; `retries` are counted on top."""
     if scheduler == 'local':
         yield from _run_here(function, tasks, progress)
         return

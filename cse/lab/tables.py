@@ -44,7 +44,7 @@ def markdown(
 def marked(
     frame: pd.DataFrame, # Cells that begin with a number, or hold it after `paper · `
 ) -> pd.DataFrame: # The same cells, the largest of each column in bold
-    "Mark the best methods of a table of AUROC; equal ones are all marked."
+    "Mark the best methods of a table of AUROC; ties are all marked."
     def number(cell):
         found = re.match(r'[\d.]+', str(cell).split(' · ')[:2][-1])
         return float(found[0]) if found else -math.inf
@@ -53,16 +53,16 @@ def marked(
     return cells.where(~best, '**' + cells + '**') if len(frame) > 1 else cells
 
 def folded(
-    title: str, # What is seen
+    title: str, # The line that is always visible
     *parts: str, # Paragraphs that a click shows
 ) -> str: # Markdown
-    "Text that unfolds."
+    "Text that a click unfolds."
     return '\n\n'.join([f'<details>\n<summary>{title}</summary>', *parts, '</details>'])
 
 def listed_facts(
     facts: dict[str, str], # What → words
 ) -> str: # Markdown
-    "Facts as a list that unfolds."
+    "Facts as a list that a click unfolds."
     lines = '\n'.join(f'- **{name}**: {words}.' for name, words in facts.items())
     return folded('How it was measured', lines)
 
@@ -87,13 +87,13 @@ def _cell(row, missing, comparable):
     return ' · '.join(parts)
 
 def _missing(row, ran, asked):
-    "What stands in a cell without a run: a word where it was asked for."
+    "Text of a cell without a run; empty if the run was not requested."
     if row.category == 'mean': return 'incomplete' if row.method in ran else ''
     return 'not run' if row.category in asked.get('categories', ()) else ''
 
 def _speed_cell(row):
     "A cell of Table 3, with the limits where a single run has some."
-    if not row.seeds: return 'not run' # what was not asked for has no row
+    if not row.seeds: return 'not run' # only requested methods have a row
     if row.category.endswith('(MB)'): return f'{row.ours:.0f}'
     if row.seeds > 1: return f'{row.ours:.1f}{_spread(row.sd)}'
     if math.isnan(row.low): return f'{row.ours:.1f}'
@@ -105,7 +105,7 @@ def table_frame(
     table: int, # Number of the table
     asked: dict | None = None, # methods and categories, as `read_asked` has them
 ) -> pd.DataFrame: # Methods × categories
-    "The comparison as it is printed; 'not run' where a run was asked for and is not on record."
+    "The comparison as it is printed; 'not run' where a requested run is not on record."
     asked = asked or {}
     frame = comparison(records, table, asked)
     ran = set(frame.method[frame.seeds > 0])
@@ -129,7 +129,7 @@ def _extractor(record):
     return f'{e.get("name")} (weights {weights}, {digest})'
 
 def _shortened(record):
-    "Words for a training run that is shorter than the published one of its method."
+    "Epochs of a run and of its publication, in words; empty if the run is not shorter."
     published = value_at(record, 'parameters.published_epochs') or 0
     epochs = value_at(record, 'config.epochs') or 0
     return f'{epochs} of {published} epochs' if epochs < published else ''
@@ -163,7 +163,7 @@ def commits(
     return ', '.join(found) + (' with uncommitted changes' if changed else '')
 
 def _listed(values):
-    "Different values, sorted, separated by commas."
+    "Distinct values, sorted, separated by commas."
     return ', '.join(map(str, sorted(set(values))))
 
 def _days(records):
@@ -182,7 +182,7 @@ def _seeds_fact(records, table):
     return f'{seeds} (some cells have fewer)'
 
 def _textures_fact(records):
-    "Name and number of the textures of the runs that paste some."
+    "Name and number of the textures, from the runs that use textures."
     found = [r['textures'] for r in records if r.get('textures')]
     pasted = [t for t in found if t['name'] != NO_TEXTURES['name']]
     textures = pasted[0] if pasted else {}
@@ -307,7 +307,7 @@ def _origin_facts(records, table):
 def facts(
     records: list[dict], # Run records
     table: int, # Number of the table
-) -> dict[str, str]: # What → words; empty without records
+) -> dict[str, str]: # Fact → words; empty without records
     "Data, extractor, settings, seeds, dates, devices and code of a table."
     if not records: return {}
     found = _speed_facts(records, published_table(table)) if table == 3 else _facts(records, table)
@@ -318,7 +318,7 @@ def _over(count, what):
     return f'mean ± standard deviation over {count} {what}' if count > 1 else ''
 
 def _what(records, table):
-    "What a cell holds, and on what it was measured."
+    "The quantity in the cells, and its data or machine."
     paper, first = published_table(table), records[0]
     seeds = len({r['seed'] for r in records})
     unit = paper.unit[0].upper() + paper.unit[1:]
@@ -355,7 +355,7 @@ def render(
     table: int, # Number of the table
     asked: dict | None = None, # As for `table_frame`
 ) -> Markdown: # The whole report
-    "A table with what a reader needs to judge it."
+    "A table with its caption, facts and notes."
     frame = table_frame(records, table, asked)
     frame = frame.loc[:, frame.ne('').any()]
     parts = [caption(records, table), markdown(frame if table == 3 else marked(frame))]
@@ -386,7 +386,7 @@ def write_files(
     figures: dict[str, Figure] | None = None, # File name without ending → figure
 ):
     "Write Markdown, CSV and SVG files, each completely or not at all."
-    utf8 = dict(encoding='utf-8', errors='backslashreplace') # names of files may be no text
+    utf8 = dict(encoding='utf-8', errors='backslashreplace') # a file name may be invalid text
     with replacing(f'{path}.md') as file: file.write_text(text, **utf8)
     with replacing(f'{path}.csv') as file:
         rows.round(4).to_csv(file, index=False, lineterminator='\n', **utf8)
@@ -395,7 +395,7 @@ def write_files(
 
 # %% ../../nbs/lab/11_tables.ipynb #2c3a937c
 def _rows(records, table):
-    "The comparison, with what all records share in front."
+    "The comparison, after the columns that all records share."
     first = records[0] if records else {}
     about = dict(
         table=table, data=value_at(first, 'data.name'),

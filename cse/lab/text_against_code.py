@@ -112,7 +112,7 @@ def _pair(name, text, code, source):
 
 def pairs_frame(
     records: dict, # Row → records of the text, records of the code
-) -> pd.DataFrame: # A line a pair: AUROC of both, and what was run
+) -> pd.DataFrame: # One line per pair: AUROC of both, and what was run
     "Pairs that differ in one choice. Both lists have the same surfaces and seeds."
     every = [r for both in records.values() for side in both for r in side]
     source = commits(every)
@@ -146,7 +146,7 @@ def run_text_against_code(
     settings: dict = None, # Other settings
     categories: list | str = '', # Empty: all
     rows: list | str = '', # Keys of `ROWS`; empty: all
-    seeds: int | list | str = 1, # How many
+    seeds: int | list | str = 1, # Number, or a list
     results: str = '', # Empty: temporary
     force: bool = False, # Run again
     device: str = 'auto', # auto, cpu, cuda
@@ -175,7 +175,7 @@ def run_text_against_code(
 
 # %% ../../nbs/lab/12_text_against_code.ipynb #b7b4034b
 def _summary(pairs):
-    "Differences of one row, by surface and in the mean."
+    "Differences of one row, by surface and on average."
     surfaces = pairs.groupby('category', sort=False).difference.mean()
     several = len(surfaces) > 1
     mean, half = mean_interval(surfaces if several else pairs.difference)
@@ -183,7 +183,7 @@ def _summary(pairs):
     return dict(surfaces) | dict(mean=mean, interval=half, size=size)
 
 def _another_seed(found):
-    "Typical difference between a seed and the next one, text's values."
+    "Mean absolute difference between a seed and the next one, with the text's values."
     base = found[found.row == found.row.iloc[0]].sort_values('seed')
     texts = base.groupby('category').text
     following = texts.transform(lambda values: np.roll(values, -1))
@@ -192,7 +192,7 @@ def _another_seed(found):
 # %% ../../nbs/lab/12_text_against_code.ipynb #b6a9e0d4
 def text_against_code_frame(
     found: pd.DataFrame, # The pairs
-) -> pd.DataFrame: # A line a row: categories, mean, interval, size
+) -> pd.DataFrame: # One line per row: categories, mean, interval, size
     "Differences code − text in points of AUROC."
     points = 100 * (found.code - found.text)
     rows = found.assign(difference=points).groupby('row', sort=False)
@@ -203,7 +203,7 @@ def text_against_code_frame(
 
 # %% ../../nbs/lab/12_text_against_code.ipynb #c19f3a68
 def _signed(value):
-    "With its sign, or nothing."
+    "A number with its sign; empty for NaN."
     return '' if np.isnan(value) else f'{value:+.1f}'
 
 def _cells(line, categories):
@@ -247,7 +247,7 @@ def _draw_row(ax, y, pairs, line, marks):
 def text_against_code_plot(
     found: pd.DataFrame, # The pairs
 ) -> plt.Figure:
-    "A point a pair, a bar for the mean and its interval."
+    "One point per pair, and a bar for the mean and its interval."
     frame = text_against_code_frame(found)
     frame = frame.drop(index='another seed', errors='ignore')[::-1]
     marks = dict(zip(dict.fromkeys(found.category), 'os^Dvp<>'))
@@ -275,7 +275,7 @@ def _caption(found):
         '± 95 % interval over surfaces.')
 
 def _facts(found):
-    "What the numbers rest on."
+    "Data, settings, seeds and commits behind the numbers."
     first = found.iloc[0]
     return {
         'Data': first.data, 'Textures': first.textures, 'Extractor': first.extractor,

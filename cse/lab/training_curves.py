@@ -90,7 +90,7 @@ def as_variations(
 # %% ../../nbs/lab/25_training_curves.ipynb #a64a49e3
 @dataclass
 class OtherDefects:
-    "Makes defects of a kind of `KINDS`, as a defect generator does."
+    "A defect generator for one of `KINDS`."
     kind: str
     defects: FastDefectGenerator # Those of the paper, for `faint`
 
@@ -103,7 +103,7 @@ class OtherDefects:
 
 # %% ../../nbs/lab/25_training_curves.ipynb #4fc00135
 def _stacked(extractor, batches):
-    "Feature maps of all batches, one tensor a layer."
+    "Feature maps of all batches, one tensor per layer."
     maps = [extractor(batch) for batch in batches]
     return [torch.cat(layer) for layer in zip(*maps)]
 
@@ -126,7 +126,7 @@ class Surface:
         config: Config, # Of the training run
         kind: str = '', # Of `KINDS`; empty: those of the paper
     ) -> FastDefectGenerator | OtherDefects:
-        "What makes the defects of a training run."
+        "The defect generator of a training run."
         own = FastDefectGenerator.from_config(config, self.textures)
         return OtherDefects(kind, own) if kind else own
 
@@ -156,7 +156,7 @@ class RememberedPairs(CachedPairs):
 
     def partners(self,
         indices: torch.Tensor, # The second images of some pairs
-        *purpose, # What they are for
+        *purpose, # What they are for: words and numbers
     ) -> tuple: # As for `CachedPairs`
         self.purpose = purpose
         return super().partners(indices, *purpose)
@@ -173,7 +173,7 @@ class RememberedPairs(CachedPairs):
         return [torch.stack(layer) for layer in zip(*found)]
 
 # %% ../../nbs/lab/25_training_curves.ipynb #fa731d18
-EPOCHS = 0, 1, 2, 5, 10, 20, 50, 100 # measured, as far as the run goes
+EPOCHS = 0, 1, 2, 5, 10, 20, 50, 100 # measured, up to the last one of the run
 
 @torch.no_grad()
 def _scores(network, bank, features):
@@ -264,7 +264,7 @@ def training_curve(
     kind: str = '', # Defects in training; empty: the paper's
     memory: dict | None = None, # Shared by runs with the same defects
 ) -> list[dict]: # A row for each measured epoch, the checkpoint last
-    """Train an embedder and measure it on the way.
+    """Train an embedder and measure it at some epochs.
 
     AUROC from 0 to 1: `auroc` of the test images, `training`, `scars`, `stains` and
     `faint` of held-out good images with synthetic defects."""
@@ -333,7 +333,7 @@ def run_curves(
     settings: dict = None, # Other settings
     variations: list | str = '', # Empty: all
     categories: list | str = '', # Empty: all
-    seeds: int | list | str = 1, # How many
+    seeds: int | list | str = 1, # Number, or a list
     results: str = '', # Empty: temporary
     device: str = 'auto', # auto, cpu, cuda
 ) -> pd.DataFrame: # variation, category, seed, and what `training_curve` measures
@@ -393,7 +393,7 @@ def movement_plot(
     surface: Surface,
     config: Config, # Every setting
     seed: int = 0, # Seed of the run
-    epochs: tuple = (0, 1, 5, 20), # Drawn, as far as the run goes
+    epochs: tuple = (0, 1, 5, 20), # Drawn, up to the last one of the run
 ) -> plt.Figure:
     "Embeddings of good, synthetic and defective images at some epochs."
     pairs = CachedPairs(
@@ -424,7 +424,7 @@ def effects(
     found: pd.DataFrame, # Of `run_curves`
     against: str = UNTRAINED, # A variation
 ) -> pd.DataFrame: # variation × category, points of AUROC
-    "AUROC of the checkpoints less that of another variation; means over seeds."
+    "AUROC of the checkpoints minus that of another variation; means over seeds."
     kept = found[found.kept]
     wide = kept.pivot_table(
         index='variation', columns=['category', 'seed'],
@@ -440,7 +440,7 @@ def effects_table(
     found: pd.DataFrame, # Of `run_curves`
     against: str = UNTRAINED, # A variation
 ) -> Markdown: # A table in Markdown
-    "One variation in percent, and the points that each other one gains or loses against it."
+    "AUROC of one variation in percent, and the difference of each other one from it in points."
     gain = effects(found, against)
     cells = gain.map('{:+.1f}'.format)
     cells['mean'] = gain.apply(_mean_cell, axis=1)
@@ -455,7 +455,7 @@ def training_curves_plot(
     found: pd.DataFrame, # Of `run_curves`
     variations: list | str = '', # Drawn; empty: all
 ) -> plt.Figure:
-    "AUROC over epochs, one panel a surface; dashed: the untrained distance."
+    "AUROC over epochs, one panel per surface; dashed: the untrained distance."
     categories = list(dict.fromkeys(found.category))
     epochs = sorted({*found.epoch[~found.kept]})
     rows = -(-len(categories) // 4)
@@ -485,7 +485,7 @@ def training_curves_plot(
 def predictors(
     found: pd.DataFrame, # Of `run_curves`
 ) -> pd.DataFrame: # variation, category, effect and measures
-    "What can be known without defective images, beside the effect on them; means over seeds."
+    "Measures that need no defective images, beside the effect on test images; means over seeds."
     kept = found[found.kept].drop(columns=['kept', 'epoch'])
     means = kept.groupby(['variation', 'category'], sort=False).mean()
     untrained = means.loc[UNTRAINED]
