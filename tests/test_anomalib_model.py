@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[baselines]'")
+pytest.importorskip('anomalib', reason="anomalib is not installed: pip install '.[baselines]'")
 from cse import CSE, Config  # noqa: E402
 from cse.config import ConfigError  # noqa: E402
 from cse.data.images import DataError, Images  # noqa: E402

@@ -26,7 +26,7 @@ SMALL = dict(epochs=1, extractor='resnet18', weights='random', engine='torch', r
 
 @pytest.fixture(scope='module')
 def anomalib():
-    return pytest.importorskip('anomalib', reason="anomalib is not installed: pip install 'cse[baselines]'")
+    return pytest.importorskip('anomalib', reason="anomalib is not installed: pip install '.[baselines]'")
 
 
 @pytest.fixture(scope='module')
@@ -198,7 +198,7 @@ def test_a_diverged_training_run_raises(anomalib, images):
 
 def test_everything_else_works_without_anomalib(monkeypatch, images):
     monkeypatch.setitem(sys.modules, 'anomalib', None)
-    with pytest.raises(ConfigError, match=r"pip install 'cse\[baselines\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '.\[baselines\]'"):
         variant('patchcore', TINY)
     assert variant('cse', TINY)[1] == TINY
     method = MeanDistance(TINY).fit(images.train, progress=False)

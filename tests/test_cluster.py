@@ -270,7 +270,7 @@ def test_without_dask(monkeypatch):
     monkeypatch.setitem(sys.modules, 'distributed', None)
     tasks = [Task('one', (-1,))]
     assert [o.value for o in run_tasks(abs, tasks)] == [1]
-    with pytest.raises(ConfigError, match=r"pip install 'cse\[cluster\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '.\[cluster\]'"):
         next(run_tasks(abs, tasks, 'processes'))
 
 

@@ -167,7 +167,7 @@ def test_every_answer_carries_the_policy():
 @pytest.fixture
 def browser():
     if not ('ROBUSTNESS_KILLS' in os.environ and find_spec('gradio')):
-        pytest.skip("runs in `make robustness` where the extra demo is installed: pip install 'cse[demo]'")
+        pytest.skip("runs in `make robustness` where the extra demo is installed: pip install '.[demo]'")
     with chromium('--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream') as browser:
         yield browser
 

@@ -860,7 +860,7 @@ def test_the_files_of_an_export_are_named(plain, tmp_path, monkeypatch):
     model = plain.save(tmp_path / 'wood.cse')
     done = run('export', model, '--to', 'openvino', '--json')
     expected = dict(file=str(files[0]), files=[str(f) for f in files],
-                    notes=str(tmp_path / 'wood.md'), format='openvino')
+                    notes=str(tmp_path / 'wood.xml.md'), format='openvino')
     assert json.loads(done.stdout) == expected and all(f.is_file() for f in files)
 
 

@@ -101,7 +101,7 @@ def test_the_sample_divides_where_all_good_images_score_alike(tmp_path, monkeypa
 
 
 def test_another_file_is_not_replaced_by_the_page(tmp_path):
-    (tmp_path / 'wood.md').write_text('# What I know about wood\n')
-    with pytest.raises(ConfigError, match='wood.md: exists already'):
+    (tmp_path / 'wood.xml.md').write_text('# What I know about wood\n')
+    with pytest.raises(ConfigError, match='wood.xml.md: exists already'):
         export(SimpleNamespace(config=Config.smoke()), tmp_path / 'wood.xml')
-    assert [p.name for p in tmp_path.iterdir()] == ['wood.md']
+    assert [p.name for p in tmp_path.iterdir()] == ['wood.xml.md']

@@ -15,8 +15,9 @@ from cse.cli import app
 from cse.config import PROFILES, Config, from_profile
 from cse.data.reading import image_files
 from cse.deploy import fitting
+from cse.deploy.fitting import fit_lines, unusual_images
 from cse.deploy.runtime import Runtime
-from cse.extensions.decisions import images_needed
+from cse.extensions.decisions import Calibration, images_needed
 from cse.extensions.hybrid import HybridCSE
 from cse.extractor import WeightsError, load_model
 
@@ -119,6 +120,21 @@ def test_a_fit_is_planned_shown_and_summed_up(fitted, good):
     assert Image.open(model / 'unusual.jpg').size == (4 * 208 + 8, 3 * 244 + 8)
     assert str(model / 'unusual.jpg') in lines[3]
     assert Runtime(model).calibration.scores == pytest.approx(detector.calibration.scores, rel=1e-2)
+
+
+def test_images_far_from_the_others_are_named():
+    "Each kind is compared with its own: held-out images score higher than fitted ones."
+    scores = np.concatenate([np.linspace(0.1, 0.2, 20), [0.9], np.linspace(0.5, 0.7, 9), [3.0]])
+    calibration = Calibration(scores[21:])
+    rows = unusual_images([f'{i}.png' for i in range(31)], scores, calibration)
+    assert [Path(row['path']).stem for row in rows if row['far_out']] == ['30', '20']
+    about = dict(images=21, calibration_images=10, threshold=3.0, model='part.cse')
+    about |= dict(unusual=rows, sheet='x.jpg')
+    assert 'x.jpg: 30.png, 20.png score far above the other good images' in fit_lines(about)
+    names = [f'{i}.png' for i in range(29)]
+    usual = unusual_images(names, np.delete(scores, [20, 30]), Calibration(scores[21:30]))
+    assert not any(row['far_out'] for row in usual)
+    assert 'most unusual good images: 28.png' in fit_lines(about | dict(unusual=usual))
 
 
 def test_one_object_on_standard_output(good, tmp_path):

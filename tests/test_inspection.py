@@ -134,11 +134,12 @@ def test_files_have_all_images_in_the_order_given(detector, images, tmp_path):
     rows = list(csv.DictReader((tmp_path / 'x.csv').open()))
     assert list(rows[0]) == ['path', 'decision', 'relative_score', 'score', 'p_value']
     assert [Path(row['path']).stem for row in rows] == ['20', '30', '8', 'unreadable 5', '1', '12', '6']
-    assert rows[0]['score'] == '2.0' and rows[3]['decision'] == rows[3]['score'] == ''
-    assert max(len(value) for row in rows for name, value in row.items() if name != 'path') <= 9
+    assert rows[0]['score'] == '2.0' and rows[3]['score'] == '' and rows[3]['decision'] == 'unreadable'
+    assert max(len(value) for row in rows for name, value in row.items() if name != 'path') <= len('unreadable')
     lines = run('score', 'model', *given, '--json', '--csv', tmp_path / 'x.csv', status=1).stdout.splitlines()
     found = [json.loads(line) for line in lines]
-    assert [{k: str('' if v is None else v) for k, v in row.items()} for row in found] == rows
+    empty = dict(decision='unreadable')  # what CSV has for null
+    assert [{k: str(empty.get(k, '') if v is None else v) for k, v in row.items()} for row in found] == rows
     assert 'written: ' in run('score', 'model', images / 'good', '--csv', tmp_path / 'x.csv').stderr
     quiet = run('score', 'model', images / 'good', '--csv', tmp_path / 'x.csv', '-q')
     assert quiet.output == '1 of 3 flagged (false-alarm rate at most 5 %)\n'
@@ -353,6 +354,26 @@ def test_images_of_another_size_than_the_fitted_ones_are_told(detector, images, 
     assert '2 of 8 images differ from those of the fit (60×64 to 64×70 pixels)' in done.stderr
     assert done.stderr.count(told) == 1 and told in (tmp_path / 'x.html').read_text()
     assert not run(*command, '--json', '-q').stdout.count(told)
+
+
+def test_a_series_unlike_the_calibration_is_told(detector, images, tmp_path):
+    "Half of the calibration images score below 0; a series of ten in which none does was taken otherwise."
+    series = tmp_path / 'series'
+    for i in range(7, 16):
+        draw(series / f'{i}.png')
+    told = 'these images were taken in another way'
+    assert told not in run('score', 'model', series).stderr  # nine say nothing
+    draw(series / '16.png')
+    done = run('score', 'model', series, '--html', tmp_path / 'x.html', '-q')
+    assert done.stderr.count(told) == 1 and told in (tmp_path / 'x.html').read_text()
+    assert told not in run('score', 'model', series, images).stderr  # some look as usual
+
+
+def test_false_alarms_beyond_chance_are_told_without_progress_too(detector, images):
+    for i in range(13, 30):
+        draw(images / f'good/{i}.png')
+    done = run('evaluate', 'model', '--good', images / 'good', '--bad', images / 'bad', '-q')
+    assert 'more than chance explains' in done.stderr and 'like these test images' in done.stderr
 
 
 def test_folders_that_may_be_swapped_are_told(detector, images):

@@ -27,7 +27,7 @@ SMALL = dict(
 @pytest.fixture(scope='module')
 def packages():
     for name in ('anomalib', 'geomloss'):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'cse[baselines]'")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[baselines]'")
 
 
 @pytest.fixture(scope='module')
@@ -149,7 +149,7 @@ def test_what_is_refused(packages, images, monkeypatch):
     with pytest.raises(TrainingError, match='a smaller lr may help'):
         RDpp(Config.smoke(**SMALL | dict(lr=1e30))).fit(images.train, progress=False)
     monkeypatch.setitem(sys.modules, 'geomloss', None)
-    with pytest.raises(ConfigError, match=r"pip install 'cse\[baselines\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '.\[baselines\]'"):
         RDpp(Config.smoke())
 
 

@@ -125,9 +125,9 @@ def changed(folder, tmp_path, name, content):
 
 
 @pytest.mark.parametrize('name, content, why', [
-    (ABOUT, None, 'has no compiled form'),
+    (ABOUT, None, 'has no compiled form; `cse fit` and `cse calibrate` add one'),
     (ABOUT, b'{}', 'from another detector, copy the folder again'),
-    (ABOUT, b'[', 'has no compiled form'),
+    (ABOUT, b'[', 'has no compiled form; `cse fit` and `cse calibrate` add one'),
     (NETWORK, None, 'runtime.xml: is missing or damaged, copy it again'),
     (NETWORK, b'<net/>', 'runtime.xml: is missing or damaged, copy it again'),
     (WEIGHTS, b'', 'runtime.bin: is missing or damaged, copy it again')])

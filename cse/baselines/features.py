@@ -101,7 +101,7 @@ def _require(packages, name):
     for package in packages:
         if find_spec(package): continue
         missing = f'{name} needs {package}, which is not installed'
-        raise ConfigError(f"{missing}: pip install 'cse[baselines]'")
+        raise ConfigError(f"{missing}: pip install '.[baselines]' in the checkout")
 
 def _original_extractor(config, original):
     "Extractor and weights of the original form. Those of the run stay if it has that network."

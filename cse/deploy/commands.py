@@ -154,8 +154,9 @@ def calibrate(
     quiet: Quiet = False,
     as_json: Json = False,
 ):
-    """Set a new threshold with good images that took no part in fitting. A threshold that promises less
-    than the old one needs --force. A file exported before keeps the old threshold: export again.
+    """Set a new threshold with good images that took no part in fitting, and that were taken like
+    those that will be scored. A threshold that promises less than the old one needs --force. A file
+    exported before keeps the old threshold: export again.
 
     Example: cse calibrate part.cse monday/good
     """
@@ -254,8 +255,10 @@ def score(
         for sentence in sizes: note(sentence)
         scores = detector.score(paths, progress=not quiet)
         rows = inspection.score_rows(scores, calibration, scale)
+        notes += (series := inspection.series_notes(rows))
         failed = inspection.save_rows(rows, csv_file) if csv_file else []
         _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
+        for sentence in series: note(sentence)
     with errors('interrupted; the scores are written, some pictures are not'):
         failed += _draw(detector, model, scale, scores, rows, html, files, quiet, notes=notes)
         _finish(failed, rows, quiet, scores=csv_file, report=html, overlays=overlays)
@@ -335,7 +338,7 @@ def export_(
     """
     with errors():
         from cse.config import ConfigError
-        from cse.deploy.export import FORMATS, export
+        from cse.deploy.export import FORMATS, export, notes_file
         from cse.deploy.fitting import check_no_file
         if to not in FORMATS: raise ConfigError(f'--to {to}: expected one of {", ".join(FORMATS)}')
         place = model.resolve()
@@ -343,7 +346,7 @@ def export_(
         check_no_file(output or beside, force)
         written = export(_load(model, 'cpu', weights), output or beside, to)
         files = [written, written.with_suffix('.bin')] if to == 'openvino' else [written]
-        notes = written.with_suffix('.md')
+        notes = notes_file(written)
         about = dict(file=str(written), files=[str(f) for f in files], notes=str(notes), format=to)
         say(json.dumps(about) if as_json else '\n'.join(map(str, [*files, notes])))
         note(f'{notes} tells how to prepare images and how to run the file, in Python and in C++')

@@ -190,13 +190,13 @@ def evaluation_notes(
             'defective ones; perhaps --good and --bad, or the labels, are swapped')
     for note, text in MASK_NOTES.items():
         if count := figures.get(f'masks_{note}'): found.append(f'{text}: {count}')
-    if brief: return found
     rate, most = (figures.get(f'false_positive_{name}', 0) for name in ('rate', 'high'))
     if rate > most:
         found.append(f'{rate:.0%} of the good test images are flagged, more than chance explains '
-                     f'(up to {most:.0%}): they differ from those of the calibration; '
-                     'calibrate again with `cse calibrate`')
-    if 'map_cells' in figures:
+                     f'(up to {most:.0%}): they were taken in another way '
+                     'than those of the calibration; run `cse calibrate` with good images that were '
+                     'taken like these test images')
+    if 'map_cells' in figures and not brief:
         found.append(f'pixel AUROC and AUPRO come from maps with {figures["map_cells"]} cells: they say '
                      'whether the detector looks at the defect, not how exactly it draws it')
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'PROFILES', 'FEW', 'method_of', 'fit_config', 'images_kept', 'images_wanted', 'images_in', 'good_files',
-           'usable', 'check_free', 'check_promise', 'check_outside', 'check_no_file', 'Plan', 'most_unusual',
+           'usable', 'check_free', 'check_promise', 'check_outside', 'check_no_file', 'Plan', 'most_unusual', 'far_out',
            'unusual_images', 'save_sheet', 'promise', 'calibration_summary', 'fit_lines']
 
 # %% ../../nbs/deploy/11_fitting.ipynb #5f170003
@@ -243,6 +243,14 @@ def most_unusual(
     fitted = order[order < len(scores) - kept]
     return [*aside[:most[0]].tolist(), *fitted[:most[1]].tolist()]
 
+def far_out(
+    scores: np.ndarray, # N scores of good images
+) -> np.ndarray: # N bool
+    "Scores above the outer fence: the third quartile plus three quartile ranges (Tukey, 1977)."
+    if not len(scores): return np.zeros(0, bool)
+    low, high = np.quantile(scores, [0.25, 0.75])
+    return scores > high + 3 * (high - low)
+
 def unusual_images(
     paths: Sequence[str], # N files of good images, those kept aside last
     scores: np.ndarray, # Their N scores
@@ -251,10 +259,13 @@ def unusual_images(
     "The good images to look at."
     kept, rows = len(calibration or ()), []
     if kept: relative = Scale(calibration, USUAL_RATE).relative(scores)
+    fitted = len(scores) - kept
+    far = [*far_out(scores[:fitted]), *far_out(scores[fitted:])]
     for i in most_unusual(scores, kept):
         aside = i >= len(scores) - kept
         score = round(float(relative[i]), 3) if aside else None
-        rows.append(dict(path=str(paths[i]), kept_aside=aside, relative_score=score))
+        row = dict(path=str(paths[i]), kept_aside=aside, relative_score=score)
+        rows.append(row | dict(far_out=bool(far[i])))
     return rows
 
 # %% ../../nbs/deploy/11_fitting.ipynb #5f170014
@@ -317,11 +328,19 @@ def calibration_summary(
     scale = Scale(calibration, USUAL_RATE)
     return dict(alpha=scale.alpha, threshold=scale.threshold)
 
-def _named(rows) -> str:
-    "The first images of each kind."
+def _unusual_line(rows, sheet) -> str:
+    "The first images of each kind, and a warning if some are far from the others."
     aside = [row for row in rows if row['kept_aside']]
     fitted = [row for row in rows if not row['kept_aside']]
-    return ', '.join(Path(row['path']).name for row in aside[:2] + fitted[:2])
+    far = [row for row in rows if row['far_out']]
+    shown = far[:5] or aside[:2] + fitted[:2]
+    names = ', '.join(Path(row['path']).name for row in shown)
+    if not far:
+        return (f'most unusual good images: {names}; if {sheet} shows a defective one, '
+                'take it out and fit again')
+    more = f' and {len(far) - 5} more' if len(far) > 5 else ''
+    return (f'look at {sheet}: {names}{more} score far above the other good images; '
+            'if they are defective, take them out and fit again')
 
 def fit_lines(
     about: dict, # As `cse fit --json` prints it
@@ -337,6 +356,5 @@ def fit_lines(
         lines.append(f'replaced: threshold {old["threshold"]:.4g} from {old["calibration_images"]} images, '
                      f'false-alarm rate at most {percent(old["alpha"])}')
     if unusual := about.get('unusual'):
-        lines.append(f'most unusual good images: {_named(unusual)}; if {about["sheet"]} shows a '
-                     'defective one, take it out and fit again')
+        lines.append(_unusual_line(unusual, about['sheet']))
     return '\n'.join([*lines, f'saved in {about["model"]}; next: cse score {model} NEW_IMAGES'])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['USUAL_RATE', 'MEANING', 'FACTOR', 'calibration_of', 'check_calibrated', 'scale_of', 'score_columns', 'score_rows',
            'worst_first', 'printable', 'table', 'counted', 'percent', 'promise', 'summary', 'write_rows', 'save_rows',
-           'image_paths', 'check_order', 'check_outputs', 'size_notes', 'check_pictures', 'is_fabric', 'read_category',
-           'check_category', 'fit_summary']
+           'image_paths', 'check_order', 'check_outputs', 'size_notes', 'series_notes', 'check_pictures', 'is_fabric',
+           'read_category', 'check_category', 'fit_summary']
 
 # %% ../../nbs/deploy/05_inspection.ipynb #56d3d9fa
 import csv, re, shlex
@@ -184,6 +184,7 @@ def save_rows(
     path: str | Path, # The file
 ) -> list[str]: # A sentence if the file could not be written
     "Write a CSV file, whole or not at all. File names that are not UTF-8 are written as they are."
+    rows = [row | dict(decision='unreadable') if row.get('decision', '') is None else row for row in rows]
     options = dict(newline='', encoding='utf-8', errors='surrogateescape')
     try:
         with replacing(path) as temporary, open(temporary, 'w', **options) as file:
@@ -274,6 +275,20 @@ def size_notes(
     return [f'{len(odd)} of {counted(len(paths), "image")} differ from those of the fit ({_pixels(sizes)}) '
             f'by a factor above {FACTOR} in width or height, such as {odd[0]} ({_pixels([found[odd[0]]])}): '
             'their scores may be unreliable']
+
+# %% ../../nbs/deploy/05_inspection.ipynb #512e0011
+_SERIES = 10 # images; fewer say nothing about a series
+
+def series_notes(
+    rows: list[dict], # Of `score_rows`
+) -> list[str]: # A sentence if no image looks as usual as half of the calibration images
+    "Whether new images look like those of the calibration."
+    found = [row.get('relative_score') for row in rows]
+    found = [score for score in found if score is not None]
+    if len(found) < _SERIES or min(found) <= 0: return []
+    return [f'the lowest of {len(found)} relative scores is {min(found):.2f}, but half of the calibration '
+            'images score below 0: these images were taken in another way, or all are defective. '
+            'If there are good ones, run `cse calibrate` with good images that were taken like these']
 
 # %% ../../nbs/deploy/05_inspection.ipynb #5c0e000a
 def check_pictures(

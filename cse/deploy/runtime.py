@@ -111,7 +111,8 @@ def _check_files(folder, about):
     "Raise `RuntimeUnavailable` where the compiled form is missing, damaged or of another detector."
     try: stated = json.loads((folder/ABOUT).read_bytes())
     except (OSError, ValueError) as e:
-        raise RuntimeUnavailable(f'{folder}: has no compiled form') from e
+        raise RuntimeUnavailable(
+            f'{folder}: has no compiled form; `cse fit` and `cse calibrate` add one') from e
     if not isinstance(stated, dict) or stated.get('tensors_sha256') != about['tensors_sha256']:
         raise RuntimeUnavailable(f'{folder/NETWORK}: was made from another detector, copy the folder again')
     for name in (NETWORK, WEIGHTS):

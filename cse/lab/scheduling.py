@@ -232,7 +232,7 @@ def connect(
     except ImportError:
         raise ConfigError(
             f'scheduler={scheduler!r}: needs Dask, which is not installed: '
-            "pip install 'cse[cluster]'") from None
+            "pip install '.[cluster]' in the checkout") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_kept_environment(_THREADS))
         if kind == 'processes':
