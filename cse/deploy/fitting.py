@@ -243,13 +243,15 @@ def most_unusual(
     fitted = order[order < len(scores) - kept]
     return [*aside[:most[0]].tolist(), *fitted[:most[1]].tolist()]
 
+_FAR = 5 # quartile ranges
+
 def far_out(
     scores: np.ndarray, # N scores of good images
 ) -> np.ndarray: # N bool
-    "Scores above the outer fence: the third quartile plus three quartile ranges (Tukey, 1977)."
+    "Scores far above the third quartile, a fence as that of a box plot (Tukey, 1977)."
     if not len(scores): return np.zeros(0, bool)
     low, high = np.quantile(scores, [0.25, 0.75])
-    return scores > high + 3 * (high - low)
+    return scores > high + _FAR * (high - low)
 
 def unusual_images(
     paths: Sequence[str], # N files of good images, those kept aside last
