@@ -200,8 +200,9 @@ def _draw(detector, model, scale, scores, rows, html, files=(), quiet=False, **a
 
 # %% ../../nbs/deploy/20_commands.ipynb #dff82f27
 def _print_scores(rows, scale, calibration, as_json, silent):
-    "Scores as JSON lines, or as a table."
-    from cse.deploy.inspection import MEANING, summary, table
+    "Scores as JSON lines, or as a table; a sentence if the images are unlike the calibration images."
+    from cse.deploy.inspection import MEANING, series_notes, summary, table
+    for sentence in series_notes(rows): note(sentence)
     if as_json:
         for row in rows: say(json.dumps(row))
         return
@@ -255,11 +256,10 @@ def score(
         for sentence in sizes: note(sentence)
         scores = detector.score(paths, progress=not quiet)
         rows = inspection.score_rows(scores, calibration, scale)
-        notes += (series := inspection.series_notes(rows))
         failed = inspection.save_rows(rows, csv_file) if csv_file else []
         _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
-        for sentence in series: note(sentence)
     with errors('interrupted; the scores are written, some pictures are not'):
+        notes += inspection.series_notes(rows)
         failed += _draw(detector, model, scale, scores, rows, html, files, quiet, notes=notes)
         _finish(failed, rows, quiet, scores=csv_file, report=html, overlays=overlays)
 
