@@ -92,7 +92,7 @@ DAMAGE = {
     'no defects': (lambda r: remove(r, 'test/bar', 'ground_truth'),
                    ['no defective images', 'beside test/good']),
     'no good test images': (lambda r: remove(r, 'test/good'), ['test/good', 'no images']),
-    'image beside the folders': (beside, ['x.png', 'test/good or test/<defect>']),
+    'image beside the folders': (beside, ['x.png', 'test/good or test/<kind of defect>']),
     'missing mask': (lambda r: (r / 'gravel' / MASK).unlink(), ['no mask', '00.png', '00_mask.png']),
     'damaged mask': (lambda r: replace(r, MASK, b'no mask'), ['00_mask.png', 'not a readable image']),
     'mask of another size': (half_mask, ['bar/00_mask.png: is 128×256 pixels', 'test/bar/00.png']),
