@@ -224,6 +224,7 @@ def test_a_notebook_may_show_more_than_its_table(tmp_path):
 def test_results_that_fit_have_no_findings(tmp_path, table, records, metrics):
     report = audit(copy_table(table, tmp_path))
     assert report.ok, report
+    assert json.loads(json.dumps(report.to_dict()))['findings'] == []
     assert report.counts['records'] == records
     assert report.counts['metrics recomputed'] == metrics
     assert report.counts['files of tables rebuilt'] == 2

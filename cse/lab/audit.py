@@ -450,7 +450,7 @@ def _unchecked(results, records):
         r['key'] for r in records if r['metrics'].get('pixel_auroc') is not None]
     found['hash in the name of a timing, since it covers the name of the machine'] = [
         r['key'] for r in records if is_timing(r)]
-    return found
+    return dict(found)
 
 # %% ../../nbs/lab/15_audit.ipynb #6e90b062
 def _counts(count, records, tables):
@@ -482,7 +482,7 @@ def _joined(audits):
         counts.update(audit.counts)
         for reason, names in audit.unchecked.items():
             unchecked[reason] += [f'{folder}/{name}' for name in names]
-    return Audit(findings, dict(counts), unchecked)
+    return Audit(findings, dict(counts), dict(unchecked))
 
 def result_folders(
     results: str | Path, # Folder of results, or of several

@@ -131,18 +131,19 @@ _WORDS = '''# Reference
 
 What this project ran, and quotes. Each folder holds
 
-- `asked.json`: what was asked for, table by table,
+- `asked.json`: the request of each table,
 - `records`: the runs as JSON lines, compressed where they are many,
 - `tables`: made from the records,
-- `notebooks`: executed by papermill; those of runs up to 2026-11-22 from the records, without computing anew.
+- `notebooks`: executed by papermill; those of runs up to 2026-11-22 from the records; lines that their runs printed are left out.
 
-`spread.csv` says how far AUROC is spread between seeds (0 to 2), and between machines.
+`spread.csv` has the standard deviation of AUROC between seeds (0 to 2), and between machines.
 Table 5, on 2026-11-29: all decoders, as `make spread` measures it, with two threads, one thread,
 SSE4.1 instructions, or PyTorch for OpenVINO. The other tables, on 2026-11-22: CSE on `surfaces` and on
 built-in data, with AVX2 in place of SSE4.1.
-`make spread` measures it anew.
+`make spread` measures it again.
 
-`cse audit results/reference` checks all of it.
+`cse audit results/reference` checks all records, and the tables made from them. The folders of benchmark,
+false-alarm rates and training curves hold tables without records: they are not in the list below.
 `cse compare results/runs/built-in-smoke` says how close your own runs come.
 
 Nothing that you run writes here. `make reference RUNS=results/runs/NAME` does, after an audit.
