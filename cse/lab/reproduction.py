@@ -243,6 +243,12 @@ def _failure(cell):
     if cell.table == 3: allowed = f'at most a factor of {cell.band:.1f}, on an idle machine'
     return f'  {place}: {cell.ours:.1f}, in the reference {cell.reference:.1f}; expected {allowed}'
 
+def _allowed(cells):
+    "The bands of some cells, such as '1.9 to 2.4'."
+    bands = [f'{c.band:.1f}' for c in cells if not math.isnan(c.ours)]
+    ends = min(bands, key=float), max(bands, key=float)
+    return ' to '.join(dict.fromkeys(ends))
+
 def _table_lines(cells):
     "Lines about a table: a summary, and one line for each cell that is not reproduced."
     counted = [c for c in cells if c.category != 'mean']
@@ -250,7 +256,7 @@ def _table_lines(cells):
     table, identical = cells[0].table, sum(c.identical for c in counted)
     largest = 'largest factor {:.1f}' if table == 3 else 'largest difference {:.1f} points'
     line = f'Table {table}: {_count(counted)} cells reproduced'
-    if apart: line += ', ' + largest.format(max(apart))
+    if apart: line += f', {largest.format(max(apart))} ({_allowed(counted)} allowed)'
     if identical: line += f', {identical} to the last bit'
     return [line, *(_failure(c) for c in cells if not c.reproduced)]
 
