@@ -90,7 +90,8 @@ def test_the_same_runs_are_equal_to_the_last_bit(runs, reference):
     bands = sorted(cell.band for cell in found.cells if cell.category != 'mean')
     allowed = ' to '.join(dict.fromkeys(f'{band:.1f}' for band in (bands[0], bands[-1])))
     assert str(found).splitlines() == [
-        f'Table 4: 2 of 2 cells reproduced, largest difference 0.0 points ({allowed} allowed), 2 to the last bit',
+        f'Table 4: 2 of 2 cells reproduced, largest difference 0.0 points ({allowed} allowed), '
+        '2 to the last bit',
         'all: 2 of 2 cells reproduced']
     done = command('compare', runs, reference)
     assert done.exit_code == 0 and 'all: 2 of 2' in done.stdout
