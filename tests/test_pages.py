@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_reference(index):
         old, new = (''.join(c['outputs'][0]['data']['text/markdown']) for c in (old, new))
         assert old == new, 'a quoted figure is not that of its record; run `make prepare`'
     quoted = [c for c in stored['cells'] if 'figures' in c['metadata'].get('tags', [])]
-    assert len(quoted) == 2
+    assert len(quoted) == 3
 
 
 def test_readme_is_its_notebook(index):
