@@ -200,15 +200,19 @@ def _draw(detector, model, scale, scores, rows, html, files=(), quiet=False, **a
 
 # %% ../../nbs/deploy/20_commands.ipynb #dff82f27
 def _print_scores(rows, scale, calibration, as_json, silent):
-    "Scores as JSON lines, or as a table; a sentence if the images are unlike the calibration images."
-    from cse.deploy.inspection import MEANING, series_notes, summary, table
-    for sentence in series_notes(rows): note(sentence)
+    "Scores as JSON lines, or as a table."
+    from cse.deploy.inspection import MEANING, summary, table
     if as_json:
         for row in rows: say(json.dumps(row))
         return
     if not silent: say(table(rows))
     if scale and not silent: say(MEANING)
     say(summary(rows, scale, calibration))
+
+def _told(sentences) -> list[str]:
+    "Print notes on standard error, and return them for the report."
+    for sentence in sentences: note(sentence)
+    return sentences
 
 def _tell_written(**files):
     "Name what was written, on standard error."
@@ -252,14 +256,13 @@ def score(
         detector = _open(model, device, weights, bits)
         scale, calibration = inspection.scale_of(detector, alpha), inspection.calibration_of(detector)
         notes = inspection.check_pictures(detector, scale, bool(html), bool(overlays))
-        notes += (sizes := inspection.size_notes(detector, paths))
-        for sentence in sizes: note(sentence)
+        notes += _told(inspection.size_notes(detector, paths))
         scores = detector.score(paths, progress=not quiet)
         rows = inspection.score_rows(scores, calibration, scale)
         failed = inspection.save_rows(rows, csv_file) if csv_file else []
         _print_scores(rows, scale, calibration, as_json, quiet and csv_file)
+        notes += _told(inspection.series_notes(rows))
     with errors('interrupted; the scores are written, some pictures are not'):
-        notes += inspection.series_notes(rows)
         failed += _draw(detector, model, scale, scores, rows, html, files, quiet, notes=notes)
         _finish(failed, rows, quiet, scores=csv_file, report=html, overlays=overlays)
 

@@ -175,7 +175,7 @@ def evaluation(
 # %% ../../nbs/deploy/12_evaluation.ipynb #cc9f1190
 def evaluation_notes(
     figures: dict, # Of `evaluation`
-    brief: bool = False, # Only notes on what makes figures wrong
+    brief: bool = False, # Without the note on how exact maps are
 ) -> list[str]: # Sentences
     "What a reader of the figures must know."
     found = []

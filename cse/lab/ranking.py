@@ -85,13 +85,15 @@ def ranking_table(
     best = means.index[0]
     points = behind(found, best).reindex(means.index)
     lines = pd.DataFrame({m: measured(records, table, m).mean(axis=1) for m in _MEASURES})
-    lines = marked(lines.reindex(means.index).map('{:.1f}'.format).drop(columns='ms'))
+    lines = lines.reindex(means.index).map('{:.1f}'.format)
+    times = lines.pop('ms')
+    lines = marked(lines)
     lines['seeds'] = _seed_sd(records, table, found.columns).map('{:.1f}'.format)
     lines['mean rank'] = ranks(found).map('{:.1f}'.format)
     lines[f'against {best}'] = points.apply(_difference, axis=1)
     lines['worst'] = [
         '' if pd.isna(row.worst) else f'{row.worst:+.1f} ({row.where})'.replace('-', '−')
         for row in points.itertuples()]
-    lines['ms'] = measured(records, table, 'ms').mean(axis=1).map('{:.1f}'.format)
+    lines['ms'] = times
     lines = lines.replace('nan', '')
     return markdown(lines.loc[:, lines.ne('').any()].rename_axis('method'))

@@ -195,8 +195,9 @@ def _speed_cells(ours, reference):
     columns = [column for column in found if column in known]
     if not columns: return []
     slower = float(np.median([found[c] / known[c] for c in columns]))
-    few = f'{len(columns)} methods; expected at least {_FEWEST}, to compare the machines'
-    note = few if len(columns) < _FEWEST else ''
+    note = ''
+    if len(columns) < _FEWEST:
+        note = f'{len(columns)} methods; expected at least {_FEWEST}, to compare the machines'
     seeds = len({r['seed'] for r in ours})
     return [
         Cell(3, c, 'time', found[c] / slower, known[c], _FACTOR, seeds, note=note)
@@ -245,8 +246,8 @@ def _failure(cell):
 
 def _allowed(cells):
     "The bands of some cells, such as '1.9 to 2.4'."
-    bands = [f'{c.band:.1f}' for c in cells if not math.isnan(c.ours)]
-    ends = min(bands, key=float), max(bands, key=float)
+    bands = [c.band for c in cells if not math.isnan(c.ours)]
+    ends = f'{min(bands):.1f}', f'{max(bands):.1f}'
     return ' to '.join(dict.fromkeys(ends))
 
 def _table_lines(cells):
