@@ -139,8 +139,10 @@ class RunSettings:
     order_seed: int = _seed('which images are paired, and in which order')
     defects_seed: int = _seed('the synthetic defects')
     precision: str = setting(
-        'float32', 'Number format of the extractor; bfloat16 is faster and less exact',
-        ('float32', 'bfloat16'))
+        'float32', 'Number format of the extractor; tf32 (CUDA only) and bfloat16 are faster and '
+        'less exact', ('float32', 'tf32', 'bfloat16'))
+    deterministic: bool = setting(
+        True, 'On CUDA, use operations that give the same bits for the same seed', optional=True)
     device: str = setting(
         'auto', "'auto' (CUDA if there is one), 'cpu', 'cuda' or 'cuda:N'", runtime=True)
     engine: str = setting(

@@ -116,6 +116,7 @@ class Detector(Estimator):
         with clock('load'), waiting('extractor', progress):
             extractor = KeptExtractor.from_config(config, self.layers)
         check_maps(extractor, config, self.decodes)
+        extractor.warm_up(config.crop, clock, progress)
         if folder: check_writable(folder)
         cache = FeatureCache(images, extractor, config, clock, progress)
         warn_if_nearly_black(brightest(cache.images), images.paths)

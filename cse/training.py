@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Features', 'Pairs', 'PairLosses', 'pair_splits', 'pair_up', 'PairSampler', 'pair_losses', 'collapse_statistics',
            'make_optimizer', 'update', 'TrainingError', 'make_embedder', 'make_decoder', 'prepare_decoder',
-           'pretrain_decoder', 'History', 'validate', 'TrainingState', 'Callback', 'train']
+           'pretrain_decoder', 'History', 'validate', 'TrainingState', 'training_step', 'Callback', 'train']
 
 # %% ../nbs/06_training.ipynb #95143b8d
 import copy, math
@@ -176,9 +176,8 @@ def make_optimizer(
         decay = config.weight_decay if config.weight_decay_scope == 'all' else 0
         groups.append(dict(params=list(decoder.parameters()), weight_decay=decay))
     optimizer = adam(groups, lr=config.lr, fused=True)
-    peak, momentum = config.lr * config.max_lr_factor, config.cycle_momentum
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    return optimizer, one_cycle(optimizer, peak, total_steps=steps, cycle_momentum=momentum)
+    one_cycle, peak = torch.optim.lr_scheduler.OneCycleLR, config.lr * config.max_lr_factor
+    return optimizer, one_cycle(optimizer, peak, total_steps=steps, cycle_momentum=config.cycle_momentum)
 
 def update(optimizer, schedule, loss: torch.Tensor):
     "One step down the gradient."
@@ -239,8 +238,8 @@ def pretrain_decoder(
     optimizer, schedule = make_optimizer(embedder, decoder, config, total)
     for epoch in range(config.epochs):
         for features in pairs.single(epoch):
-            losses = decoder_loss(decoder(embedder(features)[0]), features)
-            loss = reduce_loss(losses, config.loss_reduction)
+            rebuilt = decoder(embedder(features)[0])
+            loss = reduce_loss(decoder_loss(rebuilt, features), config.loss_reduction)
             update(optimizer, schedule, loss)
     if not loss < math.inf:
         raise TrainingError(f'decoder: loss {loss} after {config.epochs} epochs; '
@@ -263,8 +262,10 @@ class History:
         keep: str, # 'best' or 'last'
     ):
         "Record an epoch, and keep its weights if they are the best so far."
-        finite = measured['loss'] + measured['validation_loss'] + measured['dimensions'] < math.inf
-        if not finite: raise TrainingError(_diverged(measured))
+        m = measured
+        if not m['loss'] + m['validation_loss'] + m['dimensions'] < math.inf:
+            found = f'loss {m["loss"]}, validation loss {m["validation_loss"]}, effective dimensions'
+            raise TrainingError(f'epoch {m["epoch"]}: {found} {m["dimensions"]}; a smaller lr may help')
         self.epochs.append(measured)
         self.steps.append(steps)
         loss = measured['validation_loss']
@@ -277,12 +278,6 @@ class History:
         network.load_state_dict(self.weights)
         network.eval()
         return self
-
-def _diverged(measured):
-    "The message for losses that are not finite."
-    m = measured
-    return (f'epoch {m["epoch"]}: loss {m["loss"]}, validation loss {m["validation_loss"]}, '
-            f'effective dimensions {m["dimensions"]}; a smaller lr may help')
 
 @torch.no_grad()
 def validate(
@@ -308,6 +303,14 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     history: History
 
+def training_step(
+    state: TrainingState, decoder: Decoder | None, batch: Pairs, config: Config, losses: PairLosses
+) -> torch.Tensor: # N losses, before the step
+    "One step on a batch of pairs."
+    values, _ = losses(state.network, decoder, *batch, config)
+    update(state.optimizer, state.schedule, reduce_loss(values, config.loss_reduction))
+    return values.detach()
+
 class Callback:
     "Called around the epochs of a run."
     def before_training(self, state: TrainingState): "Called once, before the first epoch."
@@ -321,6 +324,7 @@ def train(
     callbacks: Iterable[Callback] = (), # Progress bar, state on disk
     losses: PairLosses = pair_losses, # Loss of each pair
     adam: type[torch.optim.Adam] = torch.optim.Adam, # As for `make_optimizer`
+    step: Callable = training_step, # Or a faster equivalent
 ) -> History: # Losses of every epoch, and the epoch whose weights the network has now
     "Train on pairs of images (§3.2–3.4) and keep the epoch with the least validation loss (§4.1)."
     trained = decoder if config.decoder == 'joint' else None
@@ -332,9 +336,8 @@ def train(
         network.train(epoch == 0 or config.embedder_batchnorm == 'live')
         steps, count = [], 0
         for batch in pairs.training(epoch):
-            values, _ = losses(network, decoder, *batch, config)
-            update(optimizer, schedule, reduce_loss(values, config.loss_reduction))
-            steps.append(values.detach().sum())
+            values = step(state, decoder, batch, config, losses)
+            steps.append(values.sum())
             count += len(values)
         steps = torch.stack(steps).cpu()
         measured = validate(network, decoder, pairs.validation(epoch), config, losses)

@@ -32,7 +32,7 @@ _COMMON = (
     'profile', 'resize', 'crop', 'resize_mode',
     'tilda_types', 'tilda_train_share', 'tilda_split_seed',
     'extractor', 'weights', 'layers', 'precision', 'anomaly_map',
-    'device', 'engine', 'workers', 'cache_mb')
+    'device', 'engine', 'workers', 'cache_mb', 'deterministic')
 
 class FeatureDetector(Detector):
     """A detector that learns only from the features of defect-free images.
@@ -55,6 +55,7 @@ class FeatureDetector(Detector):
         "Fit on defect-free images, as `CSE.fit`. Raises for bad images or weights before training."
         images, clock = labelled_good(good_images(images, self.config), y), Stopwatch()
         with clock('load'): extractor = FastExtractor.from_config(self.config)
+        extractor.warm_up(self.config.crop, clock, progress)
         cache = FeatureCache(images, extractor, self.config, clock, progress)
         self._forget(extractor, clock)
         with clock('learn'): self.network = self._learn(cache, progress)

@@ -47,7 +47,7 @@ class FeatureCache:
         bar = tqdm(total=count, desc='features', unit='image', disable=not progress, leave=False)
         with ticking(bar):
             while start < count:
-                with clock('read'): batch = next(batches)
+                with clock('read'): batch = next(batches).to(extractor.device)
                 with clock('extractor'): maps = extractor(batch)
                 if self.images is None:
                     self._reserve(count, batch, maps, extractor.device, config)

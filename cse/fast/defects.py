@@ -352,9 +352,12 @@ def _draw(generators):
     return torch.stack(rows)
 
 def _places(masks):
-    "Places where masks are set. numpy finds them several times faster."
-    found = [np.flatnonzero(mask) for mask in masks.bool().cpu().numpy()]
-    return [torch.from_numpy(places).to(masks.device) for places in found]
+    "Places where masks are set. On a CPU, numpy finds them several times faster."
+    masks = masks.flatten(1).bool()
+    if masks.is_cuda:
+        n, places = masks.nonzero(as_tuple=True)
+        return places.split(n.bincount(minlength=len(masks)).tolist())
+    return [torch.from_numpy(np.flatnonzero(mask)) for mask in masks.numpy()]
 
 class FastDefectGenerator(DefectGenerator):
     "The same defects as `DefectGenerator` makes, faster."

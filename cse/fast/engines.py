@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'TOLERANCE', 'EngineError', 'same_logging', 'convert_openvino', 'join_networks', 'network_file', 'Network',
-           'compile_openvino', 'checked_openvino', 'FastExtractor']
+           'compile_openvino', 'checked_openvino', 'torch_compiled', 'FastExtractor']
 
 # %% ../../nbs/fast/02_engines.ipynb #eea4b7d5
 import logging, tempfile, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 import torch
@@ -18,7 +19,10 @@ from torch import nn
 from ..config import Config, ConfigError, digest
 from ..data.files import cache_folder
 from ..data.forks import between_forks
-from ..extractor import FeatureExtractor
+from ..data.seeds import seeded
+from ..data.timing import Stopwatch, waiting
+from ..extractor import FeatureExtractor, pick_device, set_up_cuda
+from .graphs import BATCHES, Graphs, in_fixed_batches
 from .openvino import (
     Requests, compile_network, compiling,
     load_openvino, no_telemetry, openvino_core)
@@ -195,44 +199,72 @@ def checked_openvino(
         return None, None
 
 # %% ../../nbs/fast/02_engines.ipynb #74407ed6
+def _written(weights):
+    "When a file of weights was written; None for other weights."
+    path = Path(weights)
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+@lru_cache(maxsize=4)
+def _shared(kind, given, written):
+    "An extractor on CUDA. All runs of the process share it, and its graphs."
+    return kind(*given)
+
+def torch_compiled(
+    network: nn.Module,
+) -> Callable: # Compiled by `torch.compile`; on CUDA, the network itself where Triton is missing
+    "A network, compiled where that is possible."
+    on_cuda = any(p.is_cuda for p in (*network.parameters(), *network.buffers()))
+    if on_cuda and not find_spec('triton'): return network
+    return torch.compile(network)
+
 class FastExtractor(FeatureExtractor):
     "The extractor, computed by the fastest engine that is exact."
+    graphs: Graphs | None = None # On CUDA
+
     def __init__(self,
         name: str = 'efficientnet_b3.ra2_in1k', # A timm model
         weights: str = 'timm', # 'timm', 'packaged', 'random', or a file
         layers: tuple[int, ...] = (3, 4), # Which feature maps
         device: str = 'auto', # 'auto', 'cpu', 'cuda' or 'cuda:N'
-        precision: str = 'float32', # Or 'bfloat16', which differs in the second digit
+        precision: str = 'float32', # Or 'tf32' (CUDA), or 'bfloat16', which differs in the second digit
         engine: str = 'auto', # 'torch', 'openvino' (CPU), or 'auto': OpenVINO where it is exact
+        deterministic: bool = True, # On CUDA, the same bits for the same seed
     ):
         if engine not in ('auto', 'torch', 'openvino'):
             raise ConfigError(
                 f"engine={engine!r}: "
                 "expected 'auto', 'torch' or 'openvino'")
-        super().__init__(name, weights, layers, device, precision)
+        super().__init__(name, weights, layers, device, precision, deterministic)
         on_cpu = self.device.type == 'cpu'
         if engine == 'openvino' and not on_cpu:
             raise ConfigError(
                 f"engine='openvino' runs on the CPU, not on {self.device}; "
                 "use device='cpu'")
-        if not on_cpu: self.model.to(memory_format=torch.channels_last)
+        if precision != 'float32' and not on_cpu: self.model.to(memory_format=torch.channels_last)
         if on_cpu and engine != 'torch': self.engine = 'openvino'
         self.exact = engine == 'openvino'
         self.difference, self._compiled = None, {}
+        if not on_cpu: self.graphs = Graphs(self.features)
 
     @classmethod
     def from_config(cls,
-        config: Config, # Extractor, weights, layers, device, precision and engine
+        config: Config, # Extractor, weights, layers, device, precision, engine and determinism
         layers: tuple[int, ...] | None = None, # Other feature maps than those of the configuration
     ) -> Self:
         "The extractor of a configuration."
         c = config
-        return cls(
-            c.extractor, c.weights,
-            layers or c.layers, c.device,
-            c.precision, c.engine)
+        given = (c.extractor, c.weights, layers or c.layers, c.device,
+                 c.precision, c.engine, c.deterministic)
+        if pick_device(c.device).type == 'cpu': return cls(*given)
+        set_up_cuda(c.precision == 'tf32', c.deterministic)
+        return _shared(cls, given, _written(c.weights))
 
-    def __getstate__(self): return vars(self) | dict(_compiled={})
+    def __getstate__(self):
+        return vars(self) | dict(_compiled={}, graphs=None)
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if self.device.type != 'cpu': self.graphs = Graphs(self.features)
 
     @property
     def info(self) -> dict:
@@ -241,8 +273,34 @@ class FastExtractor(FeatureExtractor):
 
     def compile(self) -> Self:
         "Let `torch.compile` optimise the network where PyTorch computes it."
-        if self.engine == 'torch': self._run = torch.compile(self.model)
+        if self.engine != 'torch': return self
+        self._run = torch_compiled(self.model)
+        if self.graphs: self.graphs = Graphs(self.features)
         return self
+
+    def warm_up(self,
+        side: int, # Of the images, pixels
+        clock: Stopwatch | None = None, # Where seconds are added up
+        progress: bool = False, # Show what is done
+    ):
+        "Record the graphs, and measure how much a number format with fewer bits changes the features."
+        low = self.precision != 'float32' and self.engine == 'torch'
+        if not self.graphs and not low: return
+        image = torch.rand(1, 3, side, side, generator=seeded(0, 'warm-up'))
+        with (clock or Stopwatch())('warm-up'), waiting('warm-up', progress):
+            for size in BATCHES if self.graphs else (): self(image.expand(size, -1, -1, -1))
+            if low: self.difference = _difference(self.features(image), self._in_float32(image))
+
+    def _in_float32(self, image):
+        "Features in float32."
+        precision, self.precision = self.precision, 'float32'
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        try:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            return self.features(image)
+        finally:
+            self.precision = precision
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
     def _key(self, size) -> str:
         "Name of the network for one image size."
@@ -279,6 +337,11 @@ class FastExtractor(FeatureExtractor):
         with between_forks():
             if network := self.network(tuple(images.shape[2:])):
                 return network(images.to('cpu', torch.float32))
-            if self.device.type == 'cuda':
-                images = images.contiguous(memory_format=torch.channels_last)
-            return super().__call__(images)
+            if not self.graphs: return self.features(images)
+            return in_fixed_batches(self.graphs, images.to(self.device, torch.float32))
+
+    def features(self,
+        images: torch.Tensor, # N×3×H×W in [0, 1], on any device
+    ) -> list[torch.Tensor]: # As when it is called
+        "Features of a batch by PyTorch, operation by operation."
+        return super().__call__(images)

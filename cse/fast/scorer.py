@@ -6,7 +6,8 @@
 __all__ = ['Scorer']
 
 # %% ../../nbs/fast/08_scorer.ipynb #22847dd9
-import logging
+import copy, logging
+from functools import partial
 from typing import Any, Self
 import numpy as np, torch
 from torch import nn
@@ -17,7 +18,8 @@ from ..data.good_images import brightest, warn_if_nearly_black
 from ..data.images import DataError, ImageSource, as_images
 from ..data.seeds import seeded
 from ..scoring import Scores
-from .engines import checked_openvino
+from .engines import checked_openvino, torch_compiled
+from .graphs import Graphs, in_fixed_batches
 from .head import Fused
 
 # %% ../../nbs/fast/08_scorer.ipynb #eebaecba
@@ -46,14 +48,23 @@ class Scorer:
         A network that OpenVINO cannot convert, or computes otherwise, stays in PyTorch, with a warning.
         With engine='openvino', it raises `EngineError`."""
         self._ready()
+        if self.extractor.graphs: return self._compile_cuda()
         side, name = self.config.crop, f'the scores of {type(self).__name__}'
         image = torch.rand(1, 3, side, side, generator=seeded(0, 'compile'))
         image[..., side // 2:] = 0 # unusual for any detector; maps of zeros would test nothing
         features, extractor = self.extractor(image), self.extractor.compile()
-        if extractor.engine == 'torch': self._head = torch.compile(self.head())
+        if extractor.engine == 'torch': self._head = torch_compiled(self.head())
         elif extractor.precision == 'float32': # one network is called once
             self._whole, _ = checked_openvino(self.fuse(), [image], name, extractor.exact)
         else: self._head, _ = checked_openvino(self.head(), features, name, extractor.exact)
+        return self
+
+    def _compile_cuda(self):
+        "Record extractor and head as one graph."
+        extractor, head = copy.copy(self.extractor), torch_compiled(self.head())
+        extractor.compile() # others use the extractor itself
+        graphs = Graphs(lambda images: head(*extractor.features(images)))
+        self._whole = partial(in_fixed_batches, graphs)
         return self
 
     @torch.no_grad()

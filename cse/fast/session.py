@@ -19,8 +19,10 @@ from ..data.timing import Stopwatch, ticking
 from ..data.files import replacing
 from ..model import Decoder
 from .adam import Adam
+from .steps import RecordedSteps
 from ..training import (
-    Callback, History, PairLosses, PairSampler, TrainingError, TrainingState, pair_losses, train)
+    Callback, History, PairLosses, PairSampler, TrainingError,
+    TrainingState, pair_losses, train, training_step)
 
 # %% ../../nbs/fast/07_session.ipynb #3495223f
 class ProgressBar(Callback):
@@ -118,7 +120,8 @@ def train_until_interrupted(
 
     Raises `KeyboardInterrupt` before the first epoch."""
     watch = _Watch()
-    try: return train(network, decoder, pairs, config, [*callbacks, watch], losses, Adam)
+    step = RecordedSteps() if pairs.extractor.device.type == 'cuda' else training_step
+    try: return train(network, decoder, pairs, config, [*callbacks, watch], losses, Adam, step)
     except KeyboardInterrupt:
         if watch.state is None or watch.state.history.best is None: raise
         watch.state.history.interrupted = True
