@@ -93,6 +93,10 @@ class Graphs:
     ):
         self.function, self.recorded, self.lock = function, {}, threading.Lock()
 
+    def __getstate__(self): return dict(function=self.function) # a graph stays in its process
+
+    def __setstate__(self, state): self.__init__(**state)
+
     def __call__(self,
         *inputs: torch.Tensor, # On one device
     ) -> list[torch.Tensor]: # New tensors
