@@ -366,7 +366,7 @@ class MixedTeacher(PublishedMethod):
         side = self.config.crop
         images = torch.rand(1, 3, side, side, generator=seeded(0, 'compile'))
         images = images.to(self.extractor.device)
-        shallow, deep = self.shallow.compile(), self.extractor.compile()
-        inputs = [images, *shallow(images), *deep(images)]
+        self.shallow, self.extractor = self.shallow.compile(), self.extractor.compile()
+        inputs = [images, *self.shallow(images), *self.extractor(images)]
         self._head = _compiled(self.head(), inputs, self.extractor)
         return self

@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'TOLERANCE', 'EngineError', 'same_logging', 'convert_openvin
            'compile_openvino', 'checked_openvino', 'torch_compiled', 'FastExtractor']
 
 # %% ../../nbs/fast/02_engines.ipynb #eea4b7d5
-import logging, tempfile, warnings
+import copy, logging, tempfile, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -271,12 +271,12 @@ class FastExtractor(FeatureExtractor):
         "Where the weights come from and what computes, for records."
         return super().info | dict(difference=self.difference)
 
-    def compile(self) -> Self:
+    def compile(self) -> Self: # On CUDA a copy, since other runs use this extractor too
         "Let `torch.compile` optimise the network where PyTorch computes it."
         if self.engine != 'torch': return self
-        self._run = torch_compiled(self.model)
-        if self.graphs: self.graphs = Graphs(self.features)
-        return self
+        made = copy.copy(self) if self.graphs else self
+        made._run = torch_compiled(self.model)
+        return made
 
     def warm_up(self,
         side: int, # Of the images, pixels

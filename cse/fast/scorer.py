@@ -6,7 +6,7 @@
 __all__ = ['Scorer']
 
 # %% ../../nbs/fast/08_scorer.ipynb #22847dd9
-import copy, logging
+import logging
 from functools import partial
 from typing import Any, Self
 import numpy as np, torch
@@ -61,8 +61,7 @@ class Scorer:
 
     def _compile_cuda(self):
         "Record extractor and head as one graph."
-        extractor, head = copy.copy(self.extractor), torch_compiled(self.head())
-        extractor.compile() # others use the extractor itself
+        extractor, head = self.extractor.compile(), torch_compiled(self.head())
         graphs = Graphs(lambda images: head(*extractor.features(images)))
         self._whole = partial(in_fixed_batches, graphs)
         return self
