@@ -8,6 +8,7 @@ __all__ = ['Scorer']
 # %% ../../nbs/fast/08_scorer.ipynb #22847dd9
 import logging
 from functools import partial
+from collections.abc import Callable
 from typing import Any, Self
 import numpy as np, torch
 from torch import nn
@@ -59,10 +60,25 @@ class Scorer:
         else: self._head, _ = checked_openvino(self.head(), features, name, extractor.exact)
         return self
 
+    def _function(self,
+        compiled: Callable, # `torch_compiled`, or something that leaves a network as it is
+    ) -> Callable: # From images on the device to scores and maps
+        "Extractor and head, for a graph."
+        extractor = self.extractor.compiled(compiled)
+        head = compiled(self.head())
+        return lambda images: head(*extractor.features(images))
+
     def _compile_cuda(self):
         "Record extractor and head as one graph."
-        extractor, head = self.extractor.compile(), torch_compiled(self.head())
-        graphs = Graphs(lambda images: head(*extractor.features(images)))
+        side = self.config.crop
+        image = torch.zeros(1, 3, side, side, device=self.extractor.device)
+        try:
+            graphs = Graphs(self._function(torch_compiled))
+            graphs(image)
+        except Exception as e: # such as no C compiler
+            why = str(e).splitlines()[0] if str(e) else type(e).__name__
+            logging.getLogger(__name__).warning('torch.compile fails (%s); PyTorch computes as before', why)
+            graphs = Graphs(self._function(lambda network: network))
         self._whole = partial(in_fixed_batches, graphs)
         return self
 
@@ -75,7 +91,9 @@ class Scorer:
         with between_forks():
             if self._whole: return self._whole(images.to(self.extractor.device, torch.float32))
             if self._head is None: self._head = self.head()
-            return self._head(*self.extractor(images))
+            def both(images): return self._head(*self.extractor(images))
+            if not self.extractor.graphs: return both(images)
+            return in_fixed_batches(both, images.to(self.extractor.device, torch.float32))
 
     def score(self,
         images: ImageSource, # A folder, files, N×3×H×W in [0, 1], a Dataset, or `Images`
