@@ -159,17 +159,18 @@ def _worker():
     "The process of a method."
     serve(_Process())
 
-# %% ../../nbs/lab/17_latency.ipynb #b06b0716
+# %% ../../nbs/lab/17_latency.ipynb #7fbbe479
 class SpeedError(GridError):
     "Raised for times that cannot be right."
 
+_CODE = 'from cse.lab.latency import _worker; _worker()'
+
 def _build_all(start, names, threads, **asked):
     "Start the processes. Returns name → its worker, and name → what is known of it."
-    code = 'from cse.lab.latency import _worker; _worker()'
     processes = {}
     for name in names: processes.setdefault(process_of(name), []).append(name)
     def job(some):
-        worker = start(code, {'OMP_NUM_THREADS': str(threads)})
+        worker = start(_CODE, {'OMP_NUM_THREADS': str(threads)})
         return worker.send(do='build', names=some, threads=threads, **asked)
     jobs = {process: partial(job, some) for process, some in processes.items()}
     ready, found = {}, {}
