@@ -10,13 +10,14 @@ import torch
 import yaml
 
 import cse.lab.latency
+import cse.lab.turns
 import cse.lab.workers
 from cse import Config
 from cse.config import ConfigError
 from cse.data.images import DataError
 from cse.extractor import WeightsError
 from cse.lab.audit import check_record
-from cse.lab.latency import SpeedError, run_speed, summary, timed_call, timed_image
+from cse.lab.latency import SpeedError, run_speed, summary, timed_image
 from cse.lab.benchmark import times
 from cse.lab.grid import GridError
 from cse.lab.records import load_records
@@ -25,6 +26,7 @@ from cse.lab.published import ReportError
 from cse.lab.tables import facts, publish
 from cse.lab.comparison import check_records, median_interval
 from cse.lab.timed_methods import TIMED, choose
+from cse.lab.turns import timed_call
 from conftest import run_notebook
 
 ROOT = Path(__file__).parent.parent
@@ -248,7 +250,7 @@ def stub(monkeypatch, surface, tmp_path):
             started.append(self)
 
     monkeypatch.setattr(cse.lab.workers, 'Worker', Noted)
-    monkeypatch.setattr(cse.lab.latency, '_CODE', STUB)
+    monkeypatch.setattr(cse.lab.turns, '_CODE', STUB)
     monkeypatch.setenv('STUB_LOG', str(log))
 
     def run(methods, ms=None, **changes):
@@ -313,7 +315,7 @@ def test_a_part_that_is_slower_than_the_whole_is_refused(stub):
 
 def test_ctrl_c_ends_all_processes(stub, monkeypatch):
     def interrupted(*args, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(cse.lab.latency, '_take_turns', interrupted)
+    monkeypatch.setattr(cse.lab.turns, '_take_turns', interrupted)
     with pytest.raises(KeyboardInterrupt):
         stub('cse,padim')
     assert len(stub.started) == 2 and not list(stub.results.glob('records/*'))
@@ -321,7 +323,7 @@ def test_ctrl_c_ends_all_processes(stub, monkeypatch):
 
 def test_a_file_that_is_gone(tmp_path):
     "What a method raises is told by its process."
-    process = cse.lab.latency._Process()
+    process = cse.lab.turns._Process()
     found = process.build(['extractor/as-trained'], torch.get_num_threads(), Config.smoke(
         **SIZE, extractor='resnet10t', weights='random', device='cpu').to_dict(),
         file=str(tmp_path / 'gone.png'), seed=0, warmup=0)
@@ -336,7 +338,7 @@ def test_events_of_a_gpu(monkeypatch, timed, surface):
         def elapsed_time(self, other): return 5. * (other.at - self.at)
 
     waited = []
-    monkeypatch.setitem(cse.lab.latency._GPU, 'cpu', (waited.append, Event))
+    monkeypatch.setitem(cse.lab.turns._GPU, 'cpu', (waited.append, Event))
     ms, between = timed_call(lambda: None, torch.device('cpu'))
     assert between == 5 and ms >= 0 and len(waited) == 2
     turns = [dict(model=[[8., 5.]], file=[[9., 6.]], batch=[[64., 32.]])] * 6
