@@ -329,6 +329,18 @@ def _time_all(todo, **kw):
         raise GridError('\n'.join([head, *failures]))
     return records
 
+def _say_unused(textures, scheduler):
+    "Name the parameters that have no effect."
+    if textures: print('textures: no effect on times')
+    if scheduler != 'local':
+        print('scheduler: no effect; times are measured on this machine')
+
+def _with_others(found, results):
+    "Records, and after them the others of the same table."
+    keys = {r['key'] for r in found}
+    others = table_records(load_records(results), 3, read_asked(results)[3])
+    return found + [r for r in others if r['key'] not in keys]
+
 def run_speed(
     data: str = '', # Empty: built-in data
     textures: str = '', # No effect
@@ -356,15 +368,11 @@ def run_speed(
         data, profile, extractor, weights, settings,
         categories, methods, seeds, device)
     FastExtractor.from_config(config)
-    if textures: print('textures: no effect on times')
-    if scheduler != 'local':
-        print('scheduler: no effect; times are measured on this machine')
+    _say_unused(textures, scheduler)
     results = results or tempfile.mkdtemp(prefix='cse-results-')
     check_results(results)
     note_asked(results, 3, **asked)
     found = _time_all(
         todo, config=config, image=image, results=results,
         force=as_flag(force, 'force'), **counts)
-    keys = {r['key'] for r in found}
-    others = table_records(load_records(results), 3, read_asked(results)[3])
-    return found + [r for r in others if r['key'] not in keys]
+    return _with_others(found, results)
