@@ -77,9 +77,9 @@ def test_metrics_of_a_record(timed):
             assert m[f'{name}fps'] == pytest.approx(1000 / m[f'{name}latency_ms'], rel=1e-3)
         assert m['latency_ms'] < m['file_latency_ms']
         assert m['gpu_memory_mb'] is m['gpu_latency_ms'] is m['gpu_batch_fps'] is None
-        batches = r['timing']['batch_ms']
-        assert 0 < len(batches) <= 2 and r['timing']['batch_size'] == 32
-        assert m['batch_fps'] == pytest.approx(32000 / (sum(batches) / len(batches)), rel=1e-3)
+        batches, fps = r['timing']['batch_ms'], m['batch_fps'] # none on a machine that is too busy
+        assert len(batches) <= 2 and r['timing']['batch_size'] == 32 and bool(batches) == bool(fps)
+        assert not fps or fps == pytest.approx(32000 * len(batches) / sum(batches), rel=1e-3)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_report(timed):
     median = f'{records[1]["metrics"]["latency_ms"]:.1f} ('
     for word in (FUSED, 'CSE tf_efficientnet_lite0, as trained', 'RTX 3090 Ti', 'different machines',
                  records[0]['device'], 'thread', 'packaged', 'SHA-256', '256×256', '64×64',
-                 'openvino', median, '95 % interval', '2 rounds', 'FPS, batch 32',
+                 'openvino', median, '95 % interval', '2 rounds',
                  f'**Run**: {records[0]["timing"]["run"]}'):
         assert word in text, word
     files = {p.suffix: p for p in (results / 'tables').iterdir()}
@@ -300,6 +300,7 @@ def test_one_that_is_missing_is_measured_together_with_all(stub):
     both = stub('padim,cfa')
     assert {r['timing']['run'] for r in both} != {r['timing']['run'] for r in first}
     assert len({r['timing']['run'] for r in both}) == 1 and len(both) == 4
+    assert '| FPS, batch 32 |' in publish(both, 3)
     mixed = stub('cse')
     assert len(mixed) == 6 and 'different runs' in publish(mixed, 3, stub.results)
     assert facts(mixed, 3)['Runs of the benchmark'].startswith('2; only rows of the same run')
@@ -353,12 +354,14 @@ def test_events_of_a_gpu(monkeypatch, timed, surface):
     assert 'GPU events (ms)' in publish([record], 3) and '5.0 (5.0–5.0)' in publish([record], 3)
 
 
-@pytest.mark.parametrize('name', ['latency_ms', 'latency_to_ms', 'file_latency_from_ms', 'batch_fps'])
-def test_an_audit_computes_the_metrics_again(timed, name):
-    record = json.loads(json.dumps(timed[1][0]))
-    assert check_record(json.dumps(record), record['key'])[1] == []
-    record['metrics'][name] += 1
-    assert [what for what, *_ in check_record(json.dumps(record), record['key'])[1]] == [f'metrics.{name}']
+def test_an_audit_computes_the_metrics_again(stub):
+    text = json.dumps(stub('padim')[0])
+    key = json.loads(text)['key']
+    assert check_record(text, key)[1] == []
+    for name in ('latency_ms', 'latency_to_ms', 'file_latency_from_ms', 'batch_fps'):
+        record = json.loads(text)
+        record['metrics'][name] += 1
+        assert [what for what, *_ in check_record(json.dumps(record), key)[1]] == [f'metrics.{name}']
 
 
 def test_the_image_comes_from_the_data(surface):
