@@ -13,6 +13,7 @@ from cse.config import Config, ConfigError, fingerprint
 from cse.data.images import DataError, Images
 from cse.data.folders import load_category
 from cse.lab.grid import grid
+from cse.lab.timed_methods import TIMED, _openvino
 from cse.lab.runs import METHODS, make_method, run, variant
 from cse.baselines.anomalib_methods import CFA, FastFlow, PatchCore
 from cse.baselines.features import MeanDistance
@@ -62,6 +63,31 @@ def test_the_same_seed_gives_the_same_scores(fitted, images, name, capfd):
     assert np.array_equal(first.image, again.image) and np.array_equal(first.map, again.map)
     assert torch.equal(torch.get_rng_state(), state), 'global generators are left as they were'
     assert capfd.readouterr() == ('', ''), 'output of others gets through'
+
+
+def test_patchcore_in_its_original_form_has_1024_channels(anomalib, images):
+    small = Config.smoke(weights='random', engine='torch', resize=64, crop=64)
+    method = PatchCore(small, original='resnet10t').fit(images.train, progress=False)
+    plain = PatchCore(small.replace(extractor='resnet10t', layers=(2, 3)))
+    assert method.network.model.memory_bank.shape[1] == method.about['channels'] == 1024
+    assert 'channels' not in plain.about and np.isfinite(method.score(images.test).image).all()
+
+
+def test_reverse_distillation_is_compiled_as_one_network_for_its_time(fitted, images):
+    method = fitted('reverse_distillation')
+    assert method.extractor.info['name'] == TINY.extractor
+    score, info = _openvino(method, 'the scores')
+    batch = torch.stack(list(Images(images.test[:2], method.config)))
+    assert torch.allclose(score(batch), method.score_batch(batch)[0], rtol=1e-4)
+    assert info['engine'] == 'openvino' and info['difference'] < 1e-4
+
+
+def test_efficient_ad_is_timed_without_training(anomalib):
+    timed = TIMED['efficient_ad/small'](Config.smoke(device='cpu'), 0)
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        first, second = timed.score(torch.cat([image, image.flip(3)]))
+    assert timed.info['name'] == 'efficient_ad_s' and first.isfinite() and first != second
 
 
 def test_scores_are_those_of_anomalib_on_images(anomalib, images):

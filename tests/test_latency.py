@@ -2,6 +2,7 @@
 import csv
 import inspect
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,29 @@ import torch
 import yaml
 
 import cse.lab.latency
+import cse.lab.turns
+import cse.lab.workers
 from cse import Config
 from cse.config import ConfigError
 from cse.data.images import DataError
 from cse.extractor import WeightsError
-from cse.lab.latency import TIMED, choose, run_speed, summary, timed_image
+from cse.lab.audit import check_record
+from cse.lab.latency import SpeedError, run_speed, summary, timed_image
 from cse.lab.benchmark import times
 from cse.lab.grid import GridError
 from cse.lab.records import load_records
 from cse.lab.parameters import read_parameters, run_table
 from cse.lab.published import ReportError
 from cse.lab.tables import facts, publish
-from cse.lab.comparison import check_records
+from cse.lab.comparison import check_records, median_interval
+from cse.lab.timed_methods import TIMED, choose
+from cse.lab.turns import timed_call
 from conftest import run_notebook
 
 ROOT = Path(__file__).parent.parent
 SIZE = dict(resize=64, crop=64)
 SMALL = dict(extractor='tf_efficientnet_lite0', weights='packaged', settings=SIZE,
-             device='cpu', repeats=10, warmup=1)
+             device='cpu', repeats=10, warmup=1, rounds=2)
 FUSED = 'CSE tf_efficientnet_lite0, fused'
 
 
@@ -53,7 +59,10 @@ def test_a_record_holds_no_path_and_every_time(timed, surface):
         image = r['table'], r['category'], r['images'], r['data']['name']
         assert image == (3, 'gravel', ['06.png'], 'photographs')
         assert r['timing']['image'] == [256, 256] and r['timing']['input'] == [64, 64]
-        assert len(r['timing']['model_ms']) == len(r['timing']['file_ms']) == 10
+        calls = r['timing']['calls']
+        assert len(calls) == 2 and all(0 < count <= 5 for count in calls)
+        assert len(r['timing']['model_ms']) == len(r['timing']['file_ms']) == sum(calls)
+        assert r['timing']['run'] == records[0]['timing']['run'] and r['timing']['left_out'] == {}
         assert r['peak_memory_mb'] > 100 and r['threads'] == torch.get_num_threads()
         assert r['device'] and r['versions']['openvino'] and len(r['extractor']['sha256']) == 64
 
@@ -62,10 +71,15 @@ def test_metrics_of_a_record(timed):
     for r in timed[1]:
         m = r['metrics']
         for name in ('', 'file_'):
-            low, high = m[f'{name}latency_low_ms'], m[f'{name}latency_high_ms']
-            assert 0 < low <= m[f'{name}latency_ms'] <= high
+            for low, high in (('low', 'high'), ('from', 'to')):
+                ends = m[f'{name}latency_{low}_ms'], m[f'{name}latency_{high}_ms']
+                assert 0 < ends[0] <= m[f'{name}latency_ms'] <= ends[1]
             assert m[f'{name}fps'] == pytest.approx(1000 / m[f'{name}latency_ms'], rel=1e-3)
-        assert m['latency_ms'] < m['file_latency_ms'] and m['gpu_memory_mb'] is None
+        assert m['latency_ms'] < m['file_latency_ms']
+        assert m['gpu_memory_mb'] is m['gpu_latency_ms'] is m['gpu_batch_fps'] is None
+        batches, fps = r['timing']['batch_ms'], m['batch_fps'] # none on a machine that is too busy
+        assert len(batches) <= 2 and r['timing']['batch_size'] == 32 and bool(batches) == bool(fps)
+        assert not fps or fps == pytest.approx(32000 * len(batches) / sum(batches), rel=1e-3)
 
 
 @pytest.fixture
@@ -73,11 +87,11 @@ def measured(timed, surface, monkeypatch):
     "Runs Table 3 on the records of `timed`; returns the methods that would be measured again."
     asked = []
 
-    def refuse(method, *args, **kw):
-        asked.append(method)
+    def refuse(names, *args, **kw):
+        asked.extend(names)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cse.lab.latency, 'measure_apart', refuse)
+    monkeypatch.setattr(cse.lab.latency, 'measure_together', refuse)
 
     def run(**changes):
         usual = dict(data=str(surface), methods='cse', results=str(timed[0])) | SMALL
@@ -93,7 +107,7 @@ def test_what_is_on_record_is_not_measured_again(timed, measured, capsys):
     assert capsys.readouterr().out.count('on record') == 2
 
 
-@pytest.mark.parametrize('change', [dict(force=True), dict(repeats=11), dict(seeds='[1]')])
+@pytest.mark.parametrize('change', [dict(force=True), dict(repeats=11), dict(rounds=3), dict(seeds='[1]')])
 def test_other_parameters_are_measured_anew(measured, change):
     with pytest.raises(GridError, match='2 of 2 measurements failed'):
         measured(**change)
@@ -126,7 +140,8 @@ def test_report(timed):
     median = f'{records[1]["metrics"]["latency_ms"]:.1f} ('
     for word in (FUSED, 'CSE tf_efficientnet_lite0, as trained', 'RTX 3090 Ti', 'different machines',
                  records[0]['device'], 'thread', 'packaged', 'SHA-256', '256×256', '64×64',
-                 'openvino', median):
+                 'openvino', median, '95 % interval', '2 rounds',
+                 f'**Run**: {records[0]["timing"]["run"]}'):
         assert word in text, word
     files = {p.suffix: p for p in (results / 'tables').iterdir()}
     assert set(files) == {'.md', '.csv', '.svg'}
@@ -179,12 +194,13 @@ def test_times_of_two_machines_do_not_stand_in_one_table(timed):
     (ConfigError, 'profile', dict(profile='fast')),
     (ConfigError, 'seeds', dict(seeds=0)),
     (ConfigError, 'repeats', dict(repeats=0)),
+    (ConfigError, 'rounds', dict(rounds=0)),
     (ConfigError, 'device', dict(device='tpu')),
 ])
 def test_bad_input_is_refused_before_anything_is_measured(
         surface, tmp_path, monkeypatch, error, words, parameters):
     def measured(*args, **kw): pytest.fail('something was measured')
-    monkeypatch.setattr(cse.lab.latency, 'time_method', measured)
+    monkeypatch.setattr(cse.lab.latency, 'time_methods', measured)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'a.png').write_bytes(b'broken')
@@ -194,24 +210,158 @@ def test_bad_input_is_refused_before_anything_is_measured(
         run_speed(**dict(data=str(surface)) | SMALL | parameters)
 
 
-def test_the_other_methods_are_measured_when_one_fails(
-        timed, surface, tmp_path, monkeypatch, capsys):
-    real, extractor = cse.lab.latency.measure_apart, timed[1][0]['extractor']
-    found = dict(times=dict(model=[1.0] * 10, file=[2.0] * 10), score=1.0, memory_mb=1.0,
-                 gpu_memory_mb=None, extractor=extractor, form='as trained', size=[64, 64], build=0.0)
+# A process that answers as that of a method does, with invented times, in a fraction of a second.
+# It notes what it does in a file, dies at its turn if it is named `rdpp`, and prints to disturb the answers.
+STUB = textwrap.dedent("""
+    import os, time
+    from pathlib import Path
+    from cse.lab.workers import serve
+    log = Path(os.environ['STUB_LOG'])
+    MS = eval(os.environ['STUB_MS'])
+    def note(*words):
+        with log.open('a') as file: print(*words, file=file)
+    def about(name):
+        if name == 'fastflow/original-fused': return dict(left_out='the engine cannot run it')
+        info = dict(name=name.split('/')[0], weights='random', tag='random', sha256=None, engine='torch')
+        return dict(score=1.0, memory_mb=1.0, gpu_memory_mb=None, extractor=info, build=0.0, size=[64, 64],
+                    form='fused' if name.endswith('fused') else 'as trained')
+    def handle(do, name='', names=(), **asked):
+        print('a library says something')
+        os.write(1, b'and so does one in C\\n')
+        note(do, 'begins', name or names[0])
+        time.sleep(0.02)
+        note(do, 'ends', name or names[0])
+        if do == 'build': return {name: about(name) for name in names}
+        if name.startswith('rdpp'): raise SystemExit('out of memory')
+        ms = MS.get(name, 10.)
+        return dict(model=[[ms, None]] * 2, file=[[ms + 1, None]] * 2, batch=[[32 * ms, None]])
+    serve(handle)
+""")
 
-    def half(method, *args, **kw):
-        if method == 'extractor/fused': return found
-        return real(method, *args, **kw | dict(file='gone.png'))
 
-    monkeypatch.setattr(cse.lab.latency, 'measure_apart', half)
-    why = (r'1 of 2 measurements failed:\n'
-           r'.*extractor/as-trained seed 0: failed, .*gone.png: no such file')
+@pytest.fixture
+def stub(monkeypatch, surface, tmp_path):
+    "Runs Table 3 with processes that invent their times; `.log` tells what they did, `.started` holds them."
+    log, started = tmp_path / 'log', []
+
+    class Noted(cse.lab.workers.Worker):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr(cse.lab.workers, 'Worker', Noted)
+    monkeypatch.setattr(cse.lab.turns, '_CODE', STUB)
+    monkeypatch.setenv('STUB_LOG', str(log))
+
+    def run(methods, ms=None, **changes):
+        monkeypatch.setenv('STUB_MS', repr(ms or {}))
+        log.write_text('')
+        usual = dict(data=str(surface), results=str(tmp_path / 'results')) | SMALL
+        return run_speed(methods=methods, **usual | changes)
+
+    run.results, run.started = tmp_path / 'results', started
+    run.log = lambda: [line.split() for line in log.read_text().splitlines()]
+    yield run
+    assert all(worker.process.returncode is not None for worker in started), 'a process is left behind'
+
+
+def test_methods_take_turns_one_at_a_time(stub):
+    stub('cse,extractor,padim', rounds=3)
+    log = stub.log()
+    turns = [line[1:] for line in log if line[0] == 'turn']
+    names = choose(['cse', 'extractor', 'padim'])
+    assert turns == [[when, name] for _ in range(3) for name in names for when in ('begins', 'ends')]
+    builds = [line[1] for line in log if line[0] == 'build']
+    at_once = [builds[:i].count('begins') - builds[:i].count('ends') for i in range(len(builds) + 1)]
+    assert len(stub.started) == 3 and max(at_once) <= 2
+    assert log.index(['turn', 'begins', names[0]]) == len(builds), 'a turn begins before all are built'
+
+
+def test_the_others_are_measured_when_a_process_dies(stub, capsys):
+    why = r'2 of 4 measurements failed:\n.*rdpp/original seed 0: failed, ended with status 1: out of memory'
     with pytest.raises(GridError, match=why):
-        run_speed(data=str(surface), methods='extractor', results=str(tmp_path),
-                  textures='anything', **SMALL)
-    assert [r['metrics']['fps'] for r in load_records(tmp_path)] == [1000]
-    assert 'textures: no effect' in capsys.readouterr().out
+        stub('rdpp,padim', textures='anything')
+    assert {r['method'] for r in load_records(stub.results)} == {'padim'}
+    said = capsys.readouterr().out
+    assert 'textures: no effect' in said and 'padim/original seed 0: 10.0 ms (10.0–10.0), 100.0 FPS' in said
+
+
+def test_a_form_that_cannot_be_compiled_is_left_out(stub, capsys):
+    records = stub('fastflow')
+    line = 'fastflow/original-fused seed 0: left out, the engine cannot run it'
+    assert line in capsys.readouterr().out and [r['form'] for r in records] == ['as trained']
+    assert 'fastflow/original-fused (the engine cannot run it)' in facts(records, 3)['Left out']
+    assert stub('fastflow') == records and not stub.log(), 'it is not tried again'
+    assert line in capsys.readouterr().out
+
+
+def test_one_that_is_missing_is_measured_together_with_all(stub):
+    first = stub('padim')
+    both = stub('padim,cfa')
+    assert {r['timing']['run'] for r in both} != {r['timing']['run'] for r in first}
+    assert len({r['timing']['run'] for r in both}) == 1 and len(both) == 4
+    assert '| FPS, batch 32 |' in publish(both, 3)
+    mixed = stub('cse')
+    assert len(mixed) == 6 and 'different runs' in publish(mixed, 3, stub.results)
+    assert facts(mixed, 3)['Runs of the benchmark'].startswith('2; only rows of the same run')
+    assert 'different runs' not in publish(both, 3)
+
+
+def test_a_part_that_is_slower_than_the_whole_is_refused(stub):
+    with pytest.raises(SpeedError, match='cse/fused took .* extractor/fused, .* idle machine'):
+        stub('cse,extractor', {'cse/fused': 5., 'extractor/fused': 6.})
+    assert not load_records(stub.results), 'nothing of such a run is kept'
+    assert len(stub('cse,extractor', {'cse/fused': 6., 'extractor/fused': 5.})) == 4
+
+
+def test_ctrl_c_ends_all_processes(stub, monkeypatch):
+    def interrupted(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr(cse.lab.turns, '_take_turns', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stub('cse,padim')
+    assert len(stub.started) == 2 and not list(stub.results.glob('records/*'))
+
+
+def test_a_file_that_is_gone(tmp_path):
+    "What a method raises is told by its process."
+    process = cse.lab.turns._Process()
+    found = process.build(['extractor/as-trained'], torch.get_num_threads(), Config.smoke(
+        **SIZE, extractor='resnet10t', weights='random', device='cpu').to_dict(),
+        file=str(tmp_path / 'gone.png'), seed=0, warmup=0)
+    assert 'gone.png: no such file' in found['extractor/as-trained']['error']
+
+
+def test_events_of_a_gpu(monkeypatch, timed, surface):
+    "The path of a GPU, with a clock that stands in for its events."
+    class Event:
+        count = 0
+        def record(self): Event.count += 1; self.at = Event.count
+        def elapsed_time(self, other): return 5. * (other.at - self.at)
+
+    waited = []
+    monkeypatch.setitem(cse.lab.turns._GPU, 'cpu', (waited.append, Event))
+    ms, between = timed_call(lambda: None, torch.device('cpu'))
+    assert between == 5 and ms >= 0 and len(waited) == 2
+    turns = [dict(model=[[8., 5.]], file=[[9., 6.]], batch=[[64., 32.]])] * 6
+    found = dict(turns=turns, gpu_memory_mb=1., size=[64, 64])
+    metrics = cse.lab.latency._metrics(found)
+    assert (metrics['latency_ms'], metrics['gpu_latency_ms']) == (8, 5)
+    assert (metrics['batch_fps'], metrics['gpu_batch_fps']) == (500, 1000)
+    timing = cse.lab.latency._timing(found, timed_image(surface)[0], timed[1][0]['timing'])
+    assert timing['model_gpu_ms'] == [5.] * 6 and timing['batch_gpu_ms'] == [32.] * 6
+    record = timed[1][0] | dict(metrics=metrics, timing=timing)
+    assert check_record(json.dumps(record), record['key'])[1] == []
+    assert 'GPU events (ms)' in publish([record], 3) and '5.0 (5.0–5.0)' in publish([record], 3)
+
+
+def test_an_audit_computes_the_metrics_again(stub):
+    text = json.dumps(stub('padim')[0])
+    key = json.loads(text)['key']
+    assert check_record(text, key)[1] == []
+    for name in ('latency_ms', 'latency_to_ms', 'file_latency_from_ms', 'batch_fps'):
+        record = json.loads(text)
+        record['metrics'][name] += 1
+        assert [what for what, *_ in check_record(json.dumps(record), key)[1]] == [f'metrics.{name}']
 
 
 def test_the_image_comes_from_the_data(surface):
@@ -223,7 +373,12 @@ def test_the_image_comes_from_the_data(surface):
 
 def test_summary_and_times():
     expected = dict(latency_ms=50, latency_low_ms=5, latency_high_ms=95, fps=20)
-    assert summary(list(range(101))) == expected
+    expected |= dict(latency_from_ms=50, latency_to_ms=50)
+    assert summary([list(range(101))]) == expected
+    rounds = [[1, 2, 9], [3], [4, 4], [5], [6, 6], [7]]
+    assert summary(rounds)['latency_ms'] == 4.5
+    assert median_interval([2, 3, 4, 5, 6, 7]) == (4.5, 2, 7)
+    assert median_interval(range(20)) == (9.5, 5, 14), 'as tables of the binomial distribution say'
     calls = []
     first, second = times(lambda: calls.append(1), lambda: calls.append(2), repeats=3)
     assert len(first) == len(second) == 3 and calls == [1, 2] * 3
@@ -233,10 +388,10 @@ def test_both_forms_agree_with_other_settings_of_the_score(surface):
     network = dict(extractor='resnet10t', weights='random', device='cpu')
     config = Config.smoke(**SIZE, **network, clusters=3, cluster_reduction='max',
                           prototype='nearest', score_axis='channels')
-    scorers = [TIMED[name](config, 0) for name in choose(['cse'])]
+    forms = [TIMED[name](config, 0) for name in choose(['cse'])]
     file = timed_image(surface)[0]
     with torch.no_grad():
-        one, other = (scorer.score(scorer.prepare(file)) for scorer in scorers)
+        one, other = (form.score(form.prepare(file)).item() for form in forms)
     assert one > 1e-3 and one == pytest.approx(other, rel=1e-4)
 
 

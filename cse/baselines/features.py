@@ -127,6 +127,7 @@ class PublishedMethod(FeatureDetector):
         _require(self.packages, type(self).__name__)
         config = self.adapt(config or Config(), original)
         super().__init__(config, textures, seed)
+        self.original = original
         self.about = self._about()
 
     def _about(self):

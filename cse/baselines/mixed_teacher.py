@@ -322,7 +322,6 @@ class MixedTeacher(PublishedMethod):
                 'form has an extractor of its own for the shallow branch')
         super().__init__(config, textures, seed, original)
         if not original: shallow_layers(self.config.extractor) # raises early
-        self.original = original
         default = 'random' if self.config.weights == 'random' else 'timm'
         self.shallow_weights = shallow_weights or default
         differences = list(DIFFERENCES)

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 import numpy as np
 from ..config import Config, ConfigError
-from .comparison import asked_columns, column_name
+from .comparison import asked_columns, column_name, median_interval
 from .parameters import read_asked, table_records
 from .published import ReportError, published_table
 from .records import (
@@ -139,19 +139,32 @@ def _check_images(record):
         yield 'good and defective labels', counts, found
 
 # %% ../../nbs/lab/15_audit.ipynb #514c3162
+def _split(calls, counts):
+    "Calls of each round; all calls in one round without counts."
+    ends = np.cumsum(counts)[:-1] if counts else []
+    return np.split(np.array(calls, float), ends)
+
 def _timing_metrics(timing):
     "The metrics of a timing."
-    found = {}
-    for name, key in (('', 'model_ms'), ('file_', 'file_ms')):
-        low, median, high = np.percentile(timing[key], [5, 50, 95])
+    found, counts = {}, timing.get('calls')
+    kinds = [('', 'model_ms'), ('file_', 'file_ms'), ('gpu_', 'model_gpu_ms')]
+    for name, key in kinds:
+        if not timing.get(key): continue
+        low, high = np.percentile(timing[key], [5, 95])
+        medians = [np.median(calls) for calls in _split(timing[key], counts)]
+        median, start, end = median_interval(medians)
         found |= {
             f'{name}latency_ms': median, f'{name}latency_low_ms': low,
             f'{name}latency_high_ms': high, f'{name}fps': 1000 / median}
+        if counts: found |= {f'{name}latency_from_ms': start, f'{name}latency_to_ms': end}
+    for name, key in (('', 'batch_ms'), ('gpu_', 'batch_gpu_ms')):
+        if not timing.get(key): continue
+        found[f'{name}batch_fps'] = 1000 * timing['batch_size'] / np.median(timing[key])
     return found
 
 def _expected_metrics(record):
     "Metrics that follow from a record, and the tolerance for them."
-    if is_timing(record): return _timing_metrics(record['timing']), 2e-3
+    if is_timing(record): return _timing_metrics(record['timing']), 2e-3 # of rounded times
     labels = record['labels']
     scores = record['scores']
     low, high = auroc_interval(labels, scores)

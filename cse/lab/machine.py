@@ -66,7 +66,7 @@ def processor(
 
 # %% ../../nbs/lab/03_machine.ipynb #a1e00002
 _UNDECIDED = 'cli.py', '__init__.py', '_modidx.py', 'deploy'
-_DECIDES = 'lab/runs.py', 'lab/latency.py'
+_DECIDES = 'lab/runs.py', 'lab/timed_methods.py', 'lab/turns.py', 'lab/latency.py'
 
 def _decides(file):
     "Can a source file change results? Its path is relative to the package."

@@ -146,6 +146,11 @@ def _draw_times(ax, y, processes, colour, sign):
                 textcoords='offset points', va='center', color=colour)
 
 # %% ../../nbs/lab/10_plots.ipynb #09c8df34
+def _spread_of(records):
+    "What the limits of a time are."
+    if any(value_at(r, 'timing.rounds') for r in records): return '95 % interval over rounds'
+    return '5th to 95th percentile'
+
 def _speed_plot(records):
     "Time from tensor and from file to score, for each method that was measured."
     frame = comparison(records, 3).query('seeds > 0')
@@ -166,7 +171,7 @@ def _speed_plot(records):
         ax.set_yticks(range(len(methods)), methods)
         ax.set_xlim(0, 1.12 * ax.dataLim.x1 if methods else 1)
         ax.set_ylim(-0.6, count - 0.4)
-        ax.set_xlabel('milliseconds an image; point: median, line: 5th to 95th percentile')
+        ax.set_xlabel(f'milliseconds an image; point: median, line: {_spread_of(records)}')
         ax.grid(False, axis='y')
         ax.legend(
             loc='lower center', bbox_to_anchor=(0.5, 1),

@@ -18,6 +18,7 @@ from ..config import ConfigError
 from .comparison import comparison
 from .grid import GridError, known_paces, work
 from .latency import plan_speed, run_speed, timing_key
+from .timed_methods import process_of
 from .parameters import join_asked, plan_table, read_asked, run_table, table_records
 from .published import PUBLISHED
 from .records import is_timing, load_records, reference_folder
@@ -82,9 +83,12 @@ def _planned_runs(number, given, paces):
     return found
 
 def _planned_timings(given, seconds):
-    "The same for the timings of Table 3."
-    plan = plan_speed(**_taken(plan_speed, given))
-    keys = {timing_key(name, plan.config, plan.image, seed): name for name, seed in plan.todo}
+    "The same for the timings of Table 3: one record for each process, since a compiled form may be left out."
+    plan, first = plan_speed(**_taken(plan_speed, given)), {}
+    for name, seed in plan.todo: first.setdefault((process_of(name), seed), name)
+    keys = {
+        timing_key(name, plan.config, plan.image, seed): name
+        for (_, seed), name in first.items()}
     return {key: seconds.get(name.split('/')[0], _UNKNOWN) for key, name in keys.items()}
 
 def _timing_seconds():

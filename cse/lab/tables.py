@@ -14,7 +14,7 @@ import matplotlib, matplotlib.pyplot as plt, pandas as pd
 from matplotlib.figure import Figure
 from ..data.files import replacing
 from .comparison import (
-    changed_settings, check_records, column_name,
+    WHERE_MEASURED, changed_settings, check_records, column_name,
     comparison, grouped, is_comparable, value_at)
 from .parameters import read_asked
 from .plots import plot, plot_latency
@@ -93,7 +93,8 @@ def _missing(row, ran, asked):
 
 def _speed_cell(row):
     "A cell of Table 3, with the limits where a single run has some."
-    if not row.seeds: return 'not run' # only requested methods have a row
+    if not row.seeds: # only requested methods have a row
+        return '–' if row.category in WHERE_MEASURED else 'not run'
     if row.category.endswith('(MB)'): return f'{row.ours:.0f}'
     if row.seeds > 1: return f'{row.ours:.1f}{_spread(row.sd)}'
     if math.isnan(row.low): return f'{row.ours:.1f}'
@@ -235,14 +236,43 @@ def _speed_calls(records):
     }
     fewest, most = min(calls), max(calls)
     counts = f'{fewest}' if fewest == most else f'{fewest} to {most}'
-    return (
+    how = (
         f'median (5th–95th percentile) of {counts} calls '
         f'after {timing["warmup"]} that are not counted, '
-        f'batch {timing["batch"]}, '
+        f'batch {timing["batch"]}')
+    if 'rounds' in timing:
+        how = (
+            f'in turns, {timing["rounds"]} rounds: median over rounds of the '
+            f'median of a round, and its 95 % interval, from {counts} calls; '
+            f'batch {timing["batch"]}, and {timing["batch_size"]} '
+            'where there is time for such a batch')
+    return (
+        f'{how}, '
         'each method in a process of its own; '
         '*latency* from prepared tensor to score, '
         '*file to score* with reading and preparing'
     )
+
+def _speed_runs(records, paper):
+    "Identifier of a run → its columns. Records from before the rounds have none."
+    runs = {}
+    for column, some in grouped(records, lambda r: column_name(r, paper)).items():
+        found = {value_at(r, 'timing.run') for r in some} - {None}
+        if found: runs.setdefault(', '.join(sorted(found)), []).append(column)
+    return runs
+
+def _turns_facts(records, paper):
+    "The runs of the benchmark, and the forms that could not be compiled."
+    facts, runs, left_out = {}, _speed_runs(records, paper), {}
+    if len(runs) == 1: facts['Run'] = next(iter(runs))
+    if len(runs) > 1:
+        parts = [f'{run}: {", ".join(columns)}' for run, columns in runs.items()]
+        facts['Runs of the benchmark'] = (
+            f'{len(runs)}; only rows of the same run can be compared: {"; ".join(parts)}')
+    for r in records: left_out |= value_at(r, 'timing.left_out') or {}
+    parts = [f'{name} ({why})' for name, why in sorted(left_out.items())]
+    if parts: facts['Left out'] = '; '.join(parts)
+    return facts
 
 # %% ../../nbs/lab/11_tables.ipynb #1055fb28
 def _speed_facts(records, paper):
@@ -263,6 +293,7 @@ def _speed_facts(records, paper):
         'Image': f'{image} of {data}, {each(_speed_image)}',
         'Computed by': each(lambda r: r['extractor']['engine']),
         'Measured': _speed_calls(records),
+        **_turns_facts(records, paper),
         "The paper's numbers":
             f'from {paper.data}, its rows in part from other machines; '
             'they are context, and no difference to them is formed',
@@ -324,7 +355,9 @@ def _what(records, table):
     unit = paper.unit[0].upper() + paper.unit[1:]
     if table != 3:
         return f'{unit}: {_over(seeds, "seeds") or "one seed"}, on {first["data"]["name"]}.'
-    how = _over(seeds, 'processes') or 'median (5th–95th percentile)'
+    rounds = value_at(first, 'timing.rounds')
+    one = 'median over rounds (95 % interval)' if rounds else 'median (5th–95th percentile)'
+    how = _over(seeds, 'processes') or one
     threads = f'{first["threads"]} thread{"s" * (first["threads"] > 1)}'
     return f'{unit}: {how}, on {first["device"]} with {threads}.'
 
@@ -340,6 +373,8 @@ def caption(
         return f'{title} No runs yet; the numbers are those of the paper, on {paper.data}.'
     beside = f"These images are **not {paper.data}**, so the paper's numbers are not compared."
     if table == 3: beside = "The paper's numbers come from another machine and are not compared."
+    if table == 3 and len(_speed_runs(records, paper)) > 1:
+        beside = 'The rows come from different runs (see below); only those of one run can be compared.'
     elif is_comparable(records, table): beside = 'A cell reads paper · ours · difference (ours − paper).'
     return f'{title} {_what(records, table)} {beside}'
 
