@@ -27,8 +27,6 @@ def pytest_collection_modifyitems(config, items):
     "Leave out the tests of another device."
     other = 'gpu' if config.option.device == 'cpu' else 'cpu'
     left_out = [item for item in items if item.get_closest_marker(other)]
-    if config.option.device == 'pretended':
-        left_out += [item for item in items if item.get_closest_marker('gpu')]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
@@ -39,6 +37,7 @@ def pretended(pytestconfig):
     if pytestconfig.option.device != 'pretended':
         yield
         return
+    import torch._dynamo  # it looks at the functions of torch.cuda, which are replaced below
     from pretend_cuda import pretended_cuda
     with pytest.MonkeyPatch.context() as patch, pretended_cuda(patch):
         yield

@@ -42,6 +42,13 @@ class OnGPU(torch.Tensor):
 
     def numpy(self): raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = OnGPU(self.own.detach().clone()).requires_grad_(self.requires_grad)
+        if getattr(self, '_is_param', False): made._is_param = True
+        return made
+
+    def __reduce_ex__(self, protocol): return OnGPU, (self.own.detach(),)
+
     def __repr__(self): return f'OnGPU({self.own})'
 
     @classmethod

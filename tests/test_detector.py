@@ -37,7 +37,7 @@ from cse.fast.session import SavedState
 from test_tilda import write_release
 
 LONG = bool(os.environ.get('ROBUSTNESS_KILLS'))  # `make robustness` tries more
-SMALL = dict(epochs=2, device='cpu', engine='torch', resize=104, crop=96)
+SMALL = dict(epochs=2, engine='torch', resize=104, crop=96)
 TINY = SMALL | dict(resize=72, crop=64, extractor='test_efficientnet', weights='random')
 FILES = 'model.json', 'model.safetensors'
 

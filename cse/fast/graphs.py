@@ -92,12 +92,26 @@ class Graphs:
         function: Callable, # As for `Graph`
     ):
         self.function, self.recorded, self.lock = function, {}, threading.Lock()
+        self.done = None # Event of CUDA: the last call is over
+
+    @contextmanager
+    def _in_turn(self, device):
+        "Let the streams of several threads wait for each other: they use the same tensors."
+        if device.type != 'cuda' or not torch.cuda.is_initialized(): return (yield)
+        stream = torch.cuda.current_stream(device)
+        if self.done: stream.wait_event(self.done)
+        yield
+        self.done = stream.record_event()
+
+    def __getstate__(self): return dict(function=self.function) # a copy records anew
+
+    def __setstate__(self, state): self.__init__(**state)
 
     def __call__(self,
         *inputs: torch.Tensor, # On one device
     ) -> list[torch.Tensor]: # New tensors
         shapes = tuple(t.shape for t in inputs)
-        with self.lock:
+        with self.lock, self._in_turn(inputs[0].device):
             if shapes not in self.recorded: self.recorded[shapes] = record(self.function, inputs)
             return [t.clone() for t in self.recorded[shapes](*inputs)]
 

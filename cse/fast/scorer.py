@@ -30,6 +30,10 @@ def _without_unreadable(errors, collected, count):
     logging.getLogger(__name__).warning(message)
     for store in collected: store[list(errors)] = np.nan
 
+def _score_eagerly(extractor, head, images):
+    "Scores and maps of a batch, operation by operation."
+    return head(*extractor.features(images))
+
 class Scorer:
     "Scores images with an extractor and a head. Subclasses define the head."
     def _ready(self):
@@ -63,7 +67,7 @@ class Scorer:
         "Record extractor and head as one graph."
         extractor, head = copy.copy(self.extractor), torch_compiled(self.head())
         extractor.compile() # others use the extractor itself
-        graphs = Graphs(lambda images: head(*extractor.features(images)))
+        graphs = Graphs(partial(_score_eagerly, extractor, head))
         self._whole = partial(in_fixed_batches, graphs)
         return self
 
