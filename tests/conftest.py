@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # also for processes that a test starts
+    else:
+        os.environ.setdefault('CSE_SHARE_GPU', '1')  # tests may run side by side
     if config.option.device == 'cuda' and not torch.cuda.is_available():
         raise pytest.UsageError('--device cuda: PyTorch finds no GPU on this machine')
 
@@ -37,7 +39,7 @@ def pretended(pytestconfig):
     if pytestconfig.option.device != 'pretended':
         yield
         return
-    import torch._dynamo  # it looks at the functions of torch.cuda, which are replaced below
+    import torch._dynamo  # noqa: F401 - it looks at the functions of torch.cuda, which are replaced below
     from pretend_cuda import pretended_cuda
     with pytest.MonkeyPatch.context() as patch, pretended_cuda(patch):
         yield

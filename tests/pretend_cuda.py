@@ -3,6 +3,7 @@
 They refuse what a GPU refuses: operations on tensors of both devices, generators of the CPU, `numpy()`, and
 waiting while a graph is recorded."""
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -129,6 +130,7 @@ def _nothing(*ignored): "Does nothing."
 
 CUDA = dict(  # functions of `torch.cuda`
     is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
+    get_device_properties=lambda *a: SimpleNamespace(uuid='pretended'),
     get_device_name=lambda *a: 'Pretended GPU', get_device_capability=lambda *a: (7, 0),
     max_memory_allocated=lambda *a: 0, get_rng_state=_nothing, set_rng_state=_nothing,
     manual_seed_all=_nothing, set_device=_nothing, synchronize=_nothing, empty_cache=_nothing,

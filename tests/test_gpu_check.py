@@ -55,6 +55,8 @@ def gives(name, value):
 def test_lines_record_and_status(monkeypatch, tmp_path, capsys, parts, status):
     monkeypatch.setattr(gpu_check, 'PARTS', parts)
     monkeypatch.setattr(gpu_check, 'missing', str)
+    monkeypatch.setattr('cse.lab.scheduling._card', lambda index: 'GPU-of-a-test')
+    monkeypatch.setenv('CSE_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(gpu_check, 'about_gpu', lambda setup: dict(card='a card', data='wood'))
     monkeypatch.setattr(gpu_check, 'reference_folder', lambda: tmp_path)
     monkeypatch.setattr(sys, 'argv', ['-c', '', ''])

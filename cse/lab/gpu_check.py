@@ -28,6 +28,7 @@ from .benchmark import times
 from .machine import commit, processor, versions
 from .parameters import run_table
 from .records import reference_folder
+from .scheduling import reserved
 
 # %% ../../nbs/lab/27_gpu_check.ipynb #12c5ef8b
 @dataclass(frozen=True)
@@ -424,8 +425,9 @@ def main():
     setup, rows = Setup(*sys.argv[1:3]), []
     file, about = reference_folder()/'gpu.json', about_gpu(setup)
     print(f'{about["card"]}, PyTorch {torch.__version__}, {about["data"]}', flush=True)
-    for row in gpu_check(setup):
-        rows.append(row)
-        print(line(row), flush=True)
-        write_rows(file, setup, rows, about)
+    with reserved([0]):
+        for row in gpu_check(setup):
+            rows.append(row)
+            print(line(row), flush=True)
+            write_rows(file, setup, rows, about)
     sys.exit(any(row['reached'] is False for row in rows))
