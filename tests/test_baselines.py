@@ -215,8 +215,9 @@ def test_names_stay_those_of_the_published_tables():
 def test_the_whole_method_is_one_network(fitted, images, name):
     "Speed is measured on this network."
     method = fitted(name)
+    prepared = torch.stack(list(Images(images.test[:2], method.config))).to(method.extractor.device)
     with torch.no_grad():
-        scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
+        scores, maps = (t.cpu() for t in method.fuse()(prepared))
     found = method.score(images.test[:2])
     assert np.allclose(scores, found.image, rtol=1e-4)
     assert np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)
