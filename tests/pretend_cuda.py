@@ -143,6 +143,7 @@ def pretended_cuda(monkeypatch):
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.serialization.add_safe_globals([OnGPU])
     for name, value in CUDA.items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(Graph, '_record', _record)
     CALLED.clear()

@@ -74,12 +74,15 @@ class Graph:
         return self.outputs
 
 # %% ../../nbs/fast/00_graphs.ipynb #9a00000b
+_one = threading.Lock() # Threads record one after the other: a recording waits for the whole GPU
+
 def record(
     function: Callable, # As for `Graph`
     inputs: tuple[torch.Tensor, ...], # As for `Graph`
 ) -> Callable: # A `Graph`, or the function itself
     "Record a function, if that is possible."
-    try: return Graph(function, inputs)
+    try:
+        with _one: return Graph(function, inputs)
     except RuntimeError as e:
         why = str(e).splitlines()[0]
         logging.getLogger(__name__).warning(
