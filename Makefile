@@ -12,6 +12,7 @@
 # make model-selection  settings selected without test images and without the tested surface;
 #                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
 # make training-curves  AUROC over the epochs of training, one thing changed at a time; DATA=… TEXTURES=… SEEDS=3 VARIATIONS='no decoder,…'
+#                EXTRACTOR=… WEIGHTS=… SETTINGS='{"resize": 224}' RESULTS=results/runs/whole-images
 # make spread    standard deviation of AUROC between machines and between seeds, for the comparison with the reference
 # make robustness  bad input, damaged files, properties, grids that are killed or run twice at once, threads and processes, with counts;
 #                report pages in a browser, and the demo page if gradio is installed (extra demo)
@@ -102,10 +103,11 @@ model-selection: $(READY)
 	  $(call parameter,profiles,PROFILES) $(call parameter,evidence_seeds,EVIDENCE_SEEDS)
 
 training-curves: $(READY)
-	$(call takes,PROFILE VARIATIONS $(COMMON))
-	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,results/runs/$@-$(NAME)-$(PROFILE)) $(call parameter,seeds,SEEDS) \
-	  $(call parameter,device,DEVICE) -p settings '{"epochs": 20}' -p categories '$(CATEGORIES)' -p profile '$(PROFILE)' \
-	  -p variations '$(VARIATIONS)'
+	$(call takes,PROFILE VARIATIONS EXTRACTOR WEIGHTS SETTINGS RESULTS $(COMMON))
+	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,$(or $(RESULTS),results/runs/$@-$(NAME)-$(PROFILE)$(addprefix -,$(EXTRACTOR)))) \
+	  $(call parameter,seeds,SEEDS) $(call parameter,device,DEVICE) $(call parameter,extractor,EXTRACTOR) \
+	  $(call parameter,weights,WEIGHTS) -p settings '$(or $(SETTINGS),$(if $(filter smoke,$(PROFILE)),{"epochs": 20},{}))' \
+	  -p categories '$(CATEGORIES)' -p profile '$(PROFILE)' -p variations '$(VARIATIONS)'
 
 spread: $(READY)
 	$(call takes,)

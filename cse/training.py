@@ -152,7 +152,7 @@ def collapse_statistics(
     centred = z - mean
     spread = centred.square().mean().clamp(min=1e-12)
     rows = centred.transpose(0, 1).flatten(1)
-    products = (rows @ rows.T).double()
+    products = (rows @ rows.T).double().cpu()
     names = 'variance', 'between_images', 'dimensions'
     if not products.isfinite().all(): return dict.fromkeys(names, math.nan)
     shares = torch.linalg.eigvalsh(products).clamp(min=0)

@@ -93,8 +93,9 @@ def _refuse(function, args, kwargs, ours, on_gpu):
         raise RuntimeError(f'{function}: places on cuda:0 for a tensor on the CPU')
     if on_gpu and any(isinstance(a, torch.Generator) for a in leaves):
         raise RuntimeError("expected a 'cuda' device type for generator but found 'cpu'")
-    leaves_gpu = function is aten._to_copy.default and ours and not on_gpu
-    if _recording and (function in WAITING or leaves_gpu):
+    moved = function is aten._to_copy.default and ours != on_gpu
+    copied = function is aten.copy_.default and ours and strangers
+    if _recording and (function in WAITING or moved or copied):
         raise RuntimeError(f'{function}: operation not permitted when stream is capturing')
 
 
@@ -118,23 +119,31 @@ class _Mode(TorchDispatchMode):
         return _call(function, args, kwargs or {})
 
 
-def _record(graph):
+def _record(graph, pool):
     "As `Graph._record`, without a graph."
     _recording.append(graph)
     try: return [t.clone() for t in graph.function(*graph.inputs)]
     finally: _recording.pop()
 
 
-def _nothing(*ignored): "Does nothing."
+_swap = torch.utils.swap_tensors
 
 
-CUDA = dict(  # functions of `torch.cuda`
+def _swap_if_needed(old, new):
+    "As `swap_tensors`, which a module's `to` calls even where a parameter stays as it is."
+    try: _swap(old, new)
+    except RuntimeError: # something else holds the parameter
+        if (old.device, old.dtype) != (new.device, new.dtype): raise
+
+
+SILENT = (
+    'get_rng_state', 'set_rng_state', 'manual_seed_all', 'graph_pool_handle', 'set_device', 'synchronize',
+    'empty_cache', 'reset_peak_memory_stats', '_lazy_init')
+CUDA = {name: lambda *ignored: None for name in SILENT} | dict(  # functions of `torch.cuda`
     is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
     get_device_properties=lambda *a: SimpleNamespace(uuid='pretended'),
     get_device_name=lambda *a: 'Pretended GPU', get_device_capability=lambda *a: (7, 0),
-    max_memory_allocated=lambda *a: 0, get_rng_state=_nothing, set_rng_state=_nothing,
-    manual_seed_all=_nothing, set_device=_nothing, synchronize=_nothing, empty_cache=_nothing,
-    reset_peak_memory_stats=_nothing, _lazy_init=_nothing)
+    max_memory_allocated=lambda *a: 0)
 
 
 @contextmanager
@@ -145,7 +154,9 @@ def pretended_cuda(monkeypatch):
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.serialization.add_safe_globals([OnGPU])
     for name, value in CUDA.items(): monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.utils, 'swap_tensors', _swap_if_needed)
     monkeypatch.setattr(Graph, '_record', _record)
+    monkeypatch.setattr(torch, 'compile', lambda network, **how: network)
     CALLED.clear()
     try:
         with _Mode(): yield CALLED

@@ -79,14 +79,30 @@ def test_a_model_moves_between_devices(on_cpu, gpu, tmp_path):
     with torch.no_grad(): assert np.allclose(exported(IMAGES)[0].numpy(), expected, rtol=1e-4)
 
 
+def test_a_failing_compiler_is_told_and_the_scores_stay(gpu, monkeypatch, caplog):
+    detector = make_method('padim', CONFIG.replace(device='cuda')).fit(IMAGES, progress=False)
+    before = detector.score(IMAGES).image
+
+    def no_compiler(network, **how):
+        def call(*inputs): raise RuntimeError('Failed to find C compiler')
+        return call
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    assert np.array_equal(detector.compile().score(IMAGES).image, before)
+    assert 'torch.compile fails (Failed to find C compiler)' in caplog.text
+
+
 def test_fewer_bits_on_request_and_their_difference_on_record(gpu):
     detector = make_method('cse', CONFIG.replace(device='cuda', precision='tf32', deterministic=False))
     detector.fit(IMAGES, progress=False)
     about = detector.extractor.info
     assert about['precision'] == 'tf32' and about['difference'] == 0  # this GPU has no TF32
-    assert torch.backends.cudnn.allow_tf32 and not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    seen = []
+    detector.extractor._run = lambda images: seen.append(torch.backends.cudnn.allow_tf32) or [images]
+    detector.extractor.features(IMAGES)
+    assert seen == [True] and not torch.backends.cudnn.allow_tf32  # within the extractor only
     make_method('cse', CONFIG.replace(device='cuda')).fit(IMAGES, progress=False)
-    assert not torch.backends.cudnn.allow_tf32 and torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled()
     with pytest.raises(cse.config.ConfigError, match='a number format of CUDA'):
         make_method('cse', CONFIG.replace(device='cpu', precision='tf32')).fit(IMAGES, progress=False)
 

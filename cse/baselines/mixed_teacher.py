@@ -20,7 +20,7 @@ from ..config import Config, ConfigError
 from ..data.images import Images
 from ..data.seeds import seed_for, seeded
 from ..fast.cache import FeatureCache
-from ..fast.engines import FastExtractor, checked_openvino
+from ..fast.engines import FastExtractor, checked_openvino, torch_compiled
 from ..losses import decoder_loss, reduce_loss
 from ..scoring import enlarge_maps
 from ..training import TrainingError, make_optimizer
@@ -287,7 +287,7 @@ SAME_EXTRACTOR = ( # of the form on the same extractor
 # %% ../../nbs/baselines/06_mixed_teacher.ipynb #c2219e7c
 def _compiled(head, inputs, extractor):
     "The head, compiled by the extractor's engine; None where OpenVINO fails."
-    if extractor.engine != 'openvino': return torch.compile(head)
+    if extractor.engine != 'openvino': return torch_compiled(head)
     name, exact = 'the scores of MixedTeacher', extractor.exact
     compiled, _ = checked_openvino(head, inputs, name, exact)
     return compiled
@@ -335,7 +335,7 @@ class MixedTeacher(PublishedMethod):
         name, weights = c.extractor, c.weights
         if self.original: name, weights = 'resnet18.tv_in1k', self.shallow_weights
         layers = shallow_layers(name)
-        return ShallowTeacher(name, weights, layers, c.device, c.precision, c.engine)
+        return ShallowTeacher.from_config(c.replace(extractor=name, weights=weights), layers)
 
     def _learn(self, cache, progress):
         config, seed = self.config, self.seed
@@ -352,6 +352,7 @@ class MixedTeacher(PublishedMethod):
 
     @torch.no_grad()
     def score_batch(self, images):
+        if self._whole: return super().score_batch(images)
         if self._head is None: self._head = self.head()
         images = images.to(self.extractor.device)
         return self._head(images, *self.shallow(images), *self.extractor(images))
@@ -360,9 +361,18 @@ class MixedTeacher(PublishedMethod):
         "Teachers, students and the mixture as one network."
         return Mixed(self.shallow.model, self.extractor.model, self.head()).eval()
 
+    def _function(self, compiled):
+        shallow, deep = self.shallow.compiled(compiled), self.extractor.compiled(compiled)
+        head = compiled(self.head())
+        def whole(images):
+            targets = *pooled(shallow.features(images)), *deep.features(images)
+            return head(images, *targets)
+        return whole
+
     def compile(self) -> 'MixedTeacher': # Itself
         "Compile both teachers and the head."
         self._ready()
+        if self.extractor.graphs: return self._compile_cuda()
         side = self.config.crop
         images = torch.rand(1, 3, side, side, generator=seeded(0, 'compile'))
         images = images.to(self.extractor.device)

@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'TOLERANCE', 'EngineError', 'same_logging', 'convert_openvin
            'compile_openvino', 'checked_openvino', 'torch_compiled', 'FastExtractor']
 
 # %% ../../nbs/fast/02_engines.ipynb #eea4b7d5
-import logging, tempfile, warnings
+import copy, logging, tempfile, warnings, weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -214,8 +214,9 @@ def torch_compiled(
 ) -> Callable: # Compiled by `torch.compile`; on CUDA, the network itself where Triton is missing
     "A network, compiled where that is possible."
     on_cuda = any(p.is_cuda for p in (*network.parameters(), *network.buffers()))
-    if on_cuda and not find_spec('triton'): return network
-    return torch.compile(network)
+    if not on_cuda: return torch.compile(network)
+    if not find_spec('triton'): return network
+    return torch.compile(network, dynamic=False, isolate_recompiles=True)
 
 class FastExtractor(FeatureExtractor):
     "The extractor, computed by the fastest engine that is exact."
@@ -244,7 +245,7 @@ class FastExtractor(FeatureExtractor):
         if on_cpu and engine != 'torch': self.engine = 'openvino'
         self.exact = engine == 'openvino'
         self.difference, self._compiled = None, {}
-        if not on_cpu: self.graphs = Graphs(self.features)
+        if not on_cpu: self.graphs = self._own_graphs()
 
     @classmethod
     def from_config(cls,
@@ -256,7 +257,7 @@ class FastExtractor(FeatureExtractor):
         given = (c.extractor, c.weights, layers or c.layers, c.device,
                  c.precision, c.engine, c.deterministic)
         if pick_device(c.device).type == 'cpu': return cls(*given)
-        set_up_cuda(c.precision == 'tf32', c.deterministic)
+        set_up_cuda(c.deterministic)
         return _shared(cls, given, _written(c.weights))
 
     def __getstate__(self):
@@ -264,19 +265,32 @@ class FastExtractor(FeatureExtractor):
 
     def __setstate__(self, state):
         vars(self).update(state)
-        if self.device.type != 'cpu': self.graphs = Graphs(self.features)
+        if self.device.type == 'cpu': return
+        set_up_cuda(self.deterministic)
+        self.graphs = self._own_graphs()
+
+    def _own_graphs(self):
+        "Graphs that do not keep the extractor in memory."
+        features = weakref.WeakMethod(self.features)
+        return Graphs(lambda images: features()(images))
 
     @property
     def info(self) -> dict:
         "Where the weights come from and what computes, for records."
         return super().info | dict(difference=self.difference)
 
-    def compile(self) -> Self:
+    def compile(self) -> Self: # On CUDA a copy, since other runs use this extractor too
         "Let `torch.compile` optimise the network where PyTorch computes it."
         if self.engine != 'torch': return self
-        self._run = torch_compiled(self.model)
-        if self.graphs: self.graphs = Graphs(self.features)
-        return self
+        return self.compiled(torch_compiled)
+
+    def compiled(self,
+        compiler: Callable, # From a network to its compiled form
+    ) -> Self: # On CUDA a copy
+        "Let a compiler optimise the network in PyTorch."
+        made = copy.copy(self) if self.graphs else self
+        made._run = compiler(self.model)
+        return made
 
     def warm_up(self,
         side: int, # Of the images, pixels
@@ -286,21 +300,16 @@ class FastExtractor(FeatureExtractor):
         "Record the graphs, and measure how much a number format with fewer bits changes the features."
         low = self.precision != 'float32' and self.engine == 'torch'
         if not self.graphs and not low: return
-        image = torch.rand(1, 3, side, side, generator=seeded(0, 'warm-up'))
+        image = torch.rand(1, 3, side, side, generator=seeded(0, 'warm-up')).to(self.device)
         with (clock or Stopwatch())('warm-up'), waiting('warm-up', progress):
             for size in BATCHES if self.graphs else (): self(image.expand(size, -1, -1, -1))
             if low: self.difference = _difference(self.features(image), self._in_float32(image))
 
     def _in_float32(self, image):
         "Features in float32."
-        precision, self.precision = self.precision, 'float32'
-        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        try:
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-            return self.features(image)
-        finally:
-            self.precision = precision
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        exact = copy.copy(self)
+        exact.precision = 'float32'
+        return exact.features(image)
 
     def _key(self, size) -> str:
         "Name of the network for one image size."

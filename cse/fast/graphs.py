@@ -9,6 +9,7 @@ __all__ = ['BATCHES', 'in_fixed_batches', 'Graph', 'record', 'Graphs', 'unchange
 import logging, threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 import torch
 from torch import nn
 
@@ -24,43 +25,55 @@ def in_fixed_batches(
     found = []
     for part in images.split(sizes[-1]):
         n = len(part)
-        size = next(size for size in sizes if size >= n)
-        padded = part.new_zeros(size, *part.shape[1:])
-        padded[:n] = part
-        found.append([values[:n] for values in function(padded)])
-    return [torch.cat(values) for values in zip(*found)]
+        more = next(size for size in sizes if size >= n) - n
+        if more: part = torch.cat([part, part.new_zeros(more, *part.shape[1:])])
+        found.append([values[:n] for values in function(part)])
+    return found[0] if len(found) == 1 else [torch.cat(values) for values in zip(*found)]
 
 # %% ../../nbs/fast/00_graphs.ipynb #9a000008
-def _warm_up(function, inputs):
-    "Call a function on another stream: libraries are loaded, and operations planned."
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3): function(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
+_recording = threading.RLock() # PyTorch records one graph at a time
+
+@cache
+def _stream(device): return torch.cuda.Stream(device)
+
+def _captured(function, inputs, pool):
+    "A CUDA graph of a function and its output tensors."
+    before, stream = torch.cuda.current_stream(), _stream(inputs[0].device)
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream): # libraries are loaded, and operations planned
+            for _ in range(3): function(*inputs)
+        torch._C._cuda_clearCublasWorkspaces() # each graph gets its own
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode='thread_local'):
+            outputs = list(function(*inputs))
+    finally: # after an error too
+        torch.cuda.set_stream(before)
+        torch._C._cuda_clearCublasWorkspaces()
+    before.wait_stream(stream)
+    return graph, outputs
 
 class Graph:
     "A function with fixed input and output tensors."
     def __init__(self,
-        function: Callable, # From tensors to tensors, without transfers to the CPU
+        function: Callable, # From tensors to tensors, without transfers between devices
         inputs: tuple[torch.Tensor, ...], # Of the shapes of all calls
+        pool: tuple | None = None, # Memory that graphs share, as `torch.cuda.graph_pool_handle` gives it
     ):
         self.function, self.graph = function, None
         gradients = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             self.inputs = [t.detach().clone() for t in inputs]
-            self.outputs = self._record()
+            self.outputs = self._record(pool)
 
-    def _record(self):
-        "The outputs of the first call."
+    def _record(self, pool):
+        "The output tensors."
         device = self.inputs[0].device
         if device.type != 'cuda':
             return [t.clone() for t in self.function(*self.inputs)]
-        with torch.cuda.device(device):
-            _warm_up(self.function, self.inputs)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
-                return list(self.function(*self.inputs))
+        with _recording, torch.cuda.device(device):
+            self.graph, outputs = _captured(self.function, self.inputs, pool)
+        return outputs
 
     @torch.no_grad()
     def __call__(self,
@@ -74,15 +87,13 @@ class Graph:
         return self.outputs
 
 # %% ../../nbs/fast/00_graphs.ipynb #9a00000b
-_one = threading.Lock() # Threads record one after the other: a recording waits for the whole GPU
-
 def record(
     function: Callable, # As for `Graph`
     inputs: tuple[torch.Tensor, ...], # As for `Graph`
+    pool: tuple | None = None, # As for `Graph`
 ) -> Callable: # A `Graph`, or the function itself
     "Record a function, if that is possible."
-    try:
-        with _one: return Graph(function, inputs)
+    try: return Graph(function, inputs, pool)
     except RuntimeError as e:
         why = str(e).splitlines()[0]
         logging.getLogger(__name__).warning(
@@ -95,7 +106,7 @@ class Graphs:
         function: Callable, # As for `Graph`
     ):
         self.function, self.recorded, self.lock = function, {}, threading.Lock()
-        self.done = None # Event of CUDA: the last call is over
+        self.pool = self.done = None # Memory; event: the last call is over
 
     @contextmanager
     def _in_turn(self, device):
@@ -106,7 +117,7 @@ class Graphs:
         yield
         self.done = stream.record_event()
 
-    def __getstate__(self): return dict(function=self.function) # a copy records anew
+    def __getstate__(self): return dict(function=self.function) # a graph stays in its process
 
     def __setstate__(self, state): self.__init__(**state)
 
@@ -115,7 +126,9 @@ class Graphs:
     ) -> list[torch.Tensor]: # New tensors
         shapes = tuple(t.shape for t in inputs)
         with self.lock, self._in_turn(inputs[0].device):
-            if shapes not in self.recorded: self.recorded[shapes] = record(self.function, inputs)
+            if shapes not in self.recorded:
+                if inputs[0].is_cuda: self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.recorded[shapes] = record(self.function, inputs, self.pool)
             return [t.clone() for t in self.recorded[shapes](*inputs)]
 
 # %% ../../nbs/fast/00_graphs.ipynb #9a00000e

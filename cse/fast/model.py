@@ -16,8 +16,9 @@ from ..model import Embedder, resize_map
 @cache
 def _interpolation(size, new_size, device):
     "The matrix of a linear interpolation with aligned corners, new_size×size."
-    identity = torch.eye(size, device=device)[None, None]
-    return resize_map(identity, (new_size, size))[0, 0]
+    with torch.inference_mode(False), torch.no_grad(): # it may be used in training later
+        identity = torch.eye(size, device=device)[None, None]
+        return resize_map(identity, (new_size, size))[0, 0]
 
 def resize_by_products(
     maps: torch.Tensor, # N×C×H×W

@@ -84,12 +84,13 @@ class CachedPairs(PairSampler):
         first, second = self.pair_up(epoch)
         steps = self.batches(torch.arange(len(first)))
         for k in range(0, len(steps), AHEAD):
-            ahead = steps[k:k + AHEAD]
-            features, defective = self.partners(second[torch.cat(ahead)], 'training', epoch)
-            for i in ahead:
-                rows = i - ahead[0][0]
+            sizes = [len(step) for step in steps[k:k + AHEAD]]
+            ahead = torch.cat(steps[k:k + AHEAD])
+            maps, defective = self.partners(second[ahead], 'training', epoch)
+            tensors = *self.features(first[ahead]), *maps, defective
+            for *features, bad in zip(*(t.split(sizes) for t in tensors)):
                 with self.clock('embedder'): # the time until the next batch is requested
-                    yield self.features(first[i]), [f[rows] for f in features], defective[rows]
+                    yield features[:len(maps)], features[len(maps):], bad
 
     def validation(self, epoch: int) -> Iterator[Pairs]:
         "Batches of validation pairs; features of fixed ones are kept."

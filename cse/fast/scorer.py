@@ -6,8 +6,9 @@
 __all__ = ['Scorer']
 
 # %% ../../nbs/fast/08_scorer.ipynb #22847dd9
-import copy, logging
+import logging
 from functools import partial
+from collections.abc import Callable
 from typing import Any, Self
 import numpy as np, torch
 from torch import nn
@@ -29,10 +30,6 @@ def _without_unreadable(errors, collected, count):
     if len(errors) == count: raise DataError(message)
     logging.getLogger(__name__).warning(message)
     for store in collected: store[list(errors)] = np.nan
-
-def _score_eagerly(extractor, head, images):
-    "Scores and maps of a batch, operation by operation."
-    return head(*extractor.features(images))
 
 class Scorer:
     "Scores images with an extractor and a head. Subclasses define the head."
@@ -63,11 +60,25 @@ class Scorer:
         else: self._head, _ = checked_openvino(self.head(), features, name, extractor.exact)
         return self
 
+    def _function(self,
+        compiled: Callable, # `torch_compiled`, or something that leaves a network as it is
+    ) -> Callable: # From images on the device to scores and maps
+        "Extractor and head, for a graph."
+        extractor = self.extractor.compiled(compiled)
+        head = compiled(self.head())
+        return lambda images: head(*extractor.features(images))
+
     def _compile_cuda(self):
         "Record extractor and head as one graph."
-        extractor, head = copy.copy(self.extractor), torch_compiled(self.head())
-        extractor.compile() # others use the extractor itself
-        graphs = Graphs(partial(_score_eagerly, extractor, head))
+        side = self.config.crop
+        image = torch.zeros(1, 3, side, side, device=self.extractor.device)
+        try:
+            graphs = Graphs(self._function(torch_compiled))
+            graphs(image)
+        except Exception as e: # such as no C compiler
+            why = str(e).splitlines()[0] if str(e) else type(e).__name__
+            logging.getLogger(__name__).warning('torch.compile fails (%s); PyTorch computes as before', why)
+            graphs = Graphs(self._function(lambda network: network))
         self._whole = partial(in_fixed_batches, graphs)
         return self
 
@@ -80,7 +91,9 @@ class Scorer:
         with between_forks():
             if self._whole: return self._whole(images.to(self.extractor.device, torch.float32))
             if self._head is None: self._head = self.head()
-            return self._head(*self.extractor(images))
+            def both(images): return self._head(*self.extractor(images))
+            if not self.extractor.graphs: return both(images)
+            return in_fixed_batches(both, images.to(self.extractor.device, torch.float32))
 
     def score(self,
         images: ImageSource, # A folder, files, N×3×H×W in [0, 1], a Dataset, or `Images`

@@ -126,6 +126,7 @@ def train_until_interrupted(
         if watch.state is None or watch.state.history.best is None: raise
         watch.state.history.interrupted = True
         return watch.state.history.restore_best(network)
+    finally: network.zero_grad() # recorded gradients hold memory of a graph
 
 # %% ../../nbs/fast/07_session.ipynb #6d7e7d3d
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_list', 'as_seeds', 'as_settings', 'as_flag', 'as_methods', 'suited', 'default_categories', 'read_parameters',
-           'read_asked', 'join_asked', 'note_asked', 'table_records', 'Plan', 'plan_table', 'run_table']
+           'read_asked', 'join_asked', 'note_asked', 'table_records', 'Plan', 'own_settings', 'plan_table', 'run_table']
 
 # %% ../../nbs/lab/07_parameters.ipynb #271eb6e2
 import inspect, json, tempfile
@@ -330,7 +330,11 @@ class Plan(NamedTuple):
     config: Config # Settings of all runs
     asked: dict # profile, settings, textures, data, methods, categories, seeds
 
-def _own_settings(extractor, weights, settings):
+def own_settings(
+    extractor: str, # Empty: that of the profile
+    weights: str, # Empty: those of the profile
+    settings: dict | None, # Others
+) -> dict: # Name → value
     "The settings that differ from the profile, as they were given."
     given = dict(extractor=extractor, weights=str(weights))
     given = {name: value for name, value in given.items() if value}
@@ -350,7 +354,7 @@ def plan_table(
     device: str = 'auto', # Where to compute
 ) -> Plan:
     "Settings and request of a table. Raises `ConfigError`."
-    own = _own_settings(extractor, weights, settings)
+    own = own_settings(extractor, weights, settings)
     chosen = as_methods(methods, table)
     kind = HybridConfig if 'hybrid' in chosen else Config
     config = from_profile(profile, kind, device=device, **own)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIATIONS', 'UNTRAINED', 'EPOCHS', 'Variation', 'as_variations', 'OtherDefects', 'Surface', 'RememberedPairs',
            'CurveCallback', 'training_curve', 'untrained_curve', 'run_curves', 'movement_plot', 'effects',
-           'effects_table', 'training_curves_plot', 'predictors', 'predictors_table', 'write_curves']
+           'effects_table', 'epochs_table', 'training_curves_plot', 'predictors', 'predictors_table', 'write_curves']
 
 # %% ../../nbs/lab/25_training_curves.ipynb #fb306123
 import itertools, json, tempfile
@@ -37,8 +37,8 @@ from ..fast.pairs import CachedPairs
 from ..baselines.features import Distance
 from .comparison import mean_interval
 from .model_selection import KINDS, defects_of, evidence_defects
-from .parameters import as_list, as_seeds, as_settings
-from .parameters import default_categories
+from .parameters import as_list, as_seeds
+from .parameters import default_categories, own_settings
 from .runs import identify
 from .tables import Markdown, markdown, write_files
 
@@ -336,11 +336,14 @@ def run_curves(
     seeds: int | list | str = 1, # Number, or a list
     results: str = '', # Empty: temporary
     device: str = 'auto', # auto, cpu, cuda
+    extractor: str = '', # Empty: that of the profile
+    weights: str = '', # Empty: those of the profile
 ) -> pd.DataFrame: # variation, category, seed, and what `training_curve` measures
     """Training curves of all variations, and the untrained distance.
 
     Test images are scored only; nothing is selected by them."""
-    config = from_profile(profile, device=device, **as_settings(settings))
+    own = own_settings(extractor, weights, settings)
+    config = from_profile(profile, device=device, **own)
     wanted = [UNTRAINED, *as_variations(variations)]
     names = as_list(categories, 'categories')
     names = names or default_categories(data, 1, config)
@@ -432,6 +435,8 @@ def effects(
     gain = 100 * (wide - wide.loc[against])
     return gain.T.groupby('category', sort=False).mean().T
 
+_KINDS = 'training', *KINDS # AUROC of synthetic defects
+
 def _mean_cell(values):
     mean, half = mean_interval(values.dropna())
     return f'{mean:+.1f}' + ('' if np.isnan(half) else f' ± {half:.1f}')
@@ -449,6 +454,27 @@ def effects_table(
     own['mean'] = own.mean()
     cells.loc[against] = own.map('{:.1f}'.format)
     return markdown(cells.rename_axis('what is changed'))
+
+# %% ../../nbs/lab/25_training_curves.ipynb #25f0a012
+def epochs_table(
+    found: pd.DataFrame, # Of `run_curves`
+    variation: str = 'as in the paper',
+) -> Markdown: # A table in Markdown
+    "A variation after each measured epoch and at its checkpoint, means over surfaces and seeds."
+    some = found[found.variation == variation]
+    untrained = found[found.variation == UNTRAINED].groupby('category').auroc.mean()
+    lines = []
+    for epoch in (*sorted({*some.epoch[~some.kept]}), 'checkpoint'):
+        rows = some[some.kept if epoch == 'checkpoint' else ~some.kept & (some.epoch == epoch)]
+        means = rows.groupby('category')[['auroc', 'validation_loss', 'dimensions', *_KINDS]].mean()
+        gain = 100 * (means.auroc - untrained)
+        average = means.mean()
+        lines.append({
+            'epoch': epoch, 'AUROC': f'{100 * average.auroc:.1f}',
+            'against untrained': _mean_cell(gain), 'worst surface': f'{gain.min():+.1f}, {gain.idxmin()}',
+            'validation loss': f'{average.validation_loss:.2f}', 'dimensions': f'{average.dimensions:.1f}',
+            **{kind: f'{100 * average[kind]:.1f}' for kind in _KINDS}})
+    return markdown(pd.DataFrame(lines).set_index('epoch'))
 
 # %% ../../nbs/lab/25_training_curves.ipynb #bea58d63
 def training_curves_plot(
@@ -493,7 +519,7 @@ def predictors(
     for (name, category), row in means.iterrows():
         if name == UNTRAINED: continue
         before = untrained.loc[category]
-        changes = {k: 100 * (row[k] - before[k]) for k in ('training', *KINDS)}
+        changes = {k: 100 * (row[k] - before[k]) for k in _KINDS}
         rows.append(dict(
             variation=name, category=category,
             effect=100 * (row.auroc - before.auroc),
@@ -507,7 +533,7 @@ def predictors_table(
     frame, lines = predictors(found), []
     for name, some in frame.groupby('variation', sort=False):
         line = {'what is changed': name}
-        for measure in ('training', *KINDS):
+        for measure in _KINDS:
             same = (some[measure] > 0) == (some.effect > 0)
             rank = some[measure].corr(some.effect, method='spearman')
             line[measure] = f'{same.sum()} of {len(some)}' + (
@@ -527,5 +553,6 @@ def write_curves(
             f'Seeds: {found.seed.nunique()}.\n\n{effects_table(found)}\n\n'
             f'**Against the paper**, points of image AUROC.\n\n'
             f'{effects_table(found, "as in the paper")}\n\n'
+            f'**Epoch by epoch**, as in the paper.\n\n{epochs_table(found)}\n\n'
             f'**What foretells it.**\n\n{predictors_table(found)}\n')
     write_files(Path(results)/'tables'/'training-curves', text, found.round(4))
