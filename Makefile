@@ -5,6 +5,8 @@
 # make reference  a folder of runs becomes the reference, after an audit: RUNS=results/runs/built-in-smoke
 # make text-against-code  Table 6: where text and released code differ, one choice at a time; ROWS=… SEEDS=3
 # make benchmark  times as ratios to plain PyTorch and to the bare extractor; DATA=… TEXTURES=…
+# make gpu-check  on a machine with an NVIDIA GPU: what must be reached there, a line for each target, in eight minutes, and
+#                results/reference/gpu.json; DATA=… TEXTURES=…
 # make false-alarm-rates  requested and measured false-alarm rates; DATA=… TEXTURES=… SEEDS=…
 # make seed-variance  sources of the variance between seeds, and which epoch to keep; DATA=… TEXTURES=… SEEDS=…
 # make model-selection  settings selected without test images and without the tested surface;
@@ -39,7 +41,7 @@ COMMON := DATA TEXTURES MVTEC DTD CATEGORIES SEEDS DEVICE
 option = $(if $($(2)),$(1) '$($(2))')
 parameter = $(if $($(2)),-p $(1) '$($(2))')
 
-.PHONY: test tables reference text-against-code benchmark false-alarm-rates seed-variance model-selection training-curves spread robustness cluster-test report docs prepare clean
+.PHONY: test tables reference text-against-code benchmark false-alarm-rates seed-variance model-selection training-curves spread robustness cluster-test gpu-check report docs prepare clean
 
 # one pip run resolves everything, so that torch is fetched once
 $(READY): settings.ini setup.py
@@ -77,6 +79,14 @@ shared = $(call parameter,seeds,SEEDS) $(call parameter,device,DEVICE) -p settin
 benchmark: $(READY)
 	$(call takes,DATA TEXTURES MVTEC DTD)
 	$(call papermill,nbs/lab/16_benchmark.ipynb,results/runs/$@-$(NAME)) -p quick False
+
+# nothing is installed where there is no GPU
+gpu-check:
+	$(call takes,DATA TEXTURES MVTEC DTD)
+	@nvidia-smi -L 2>/dev/null | grep -q GPU || { \
+	  echo 'error: make gpu-check needs an NVIDIA GPU and its driver, and nvidia-smi finds none on this machine' >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(READY)
+	@$(BIN)/python -c 'from cse.lab.gpu_check import main; main()' '$(DATA)' '$(TEXTURES)'
 
 text-against-code: $(READY)
 	$(call takes,PROFILE EXTRACTOR WEIGHTS ROWS SCHEDULER $(COMMON))

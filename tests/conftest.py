@@ -5,10 +5,44 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')  # the tests are those of the CPU
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 2)))
+
+
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', choices=('cpu', 'cuda', 'pretended'), help=(
+        "what device='auto' means: the CPU, a GPU of this machine, or the one of pretend_cuda.py, for a "
+        'single file without processes and threads'))
+
+
+def pytest_configure(config):
+    if config.option.device == 'cpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # also for processes that a test starts
+    else:
+        os.environ.setdefault('CSE_SHARE_GPU', '1')  # tests may run side by side
+    if config.option.device == 'cuda' and not torch.cuda.is_available():
+        raise pytest.UsageError('--device cuda: PyTorch finds no GPU on this machine')
+
+
+def pytest_collection_modifyitems(config, items):
+    "Leave out the tests of another device."
+    other = 'gpu' if config.option.device == 'cpu' else 'cpu'
+    left_out = [item for item in items if item.get_closest_marker(other)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def pretended(pytestconfig):
+    "The pretended GPU, if asked for."
+    if pytestconfig.option.device != 'pretended':
+        yield
+        return
+    import torch._dynamo  # noqa: F401 - it looks at the functions of torch.cuda, which are replaced below
+    from pretend_cuda import pretended_cuda
+    with pytest.MonkeyPatch.context() as patch, pretended_cuda(patch):
+        yield
 
 
 def photograph(name):

@@ -3,6 +3,7 @@
 They refuse what a GPU refuses: operations on tensors of both devices, generators of the CPU, `numpy()`, and
 waiting while a graph is recorded."""
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -41,6 +42,13 @@ class OnGPU(torch.Tensor):
     def tolist(self): return self.own.tolist()
 
     def numpy(self): raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = OnGPU(self.own.detach().clone()).requires_grad_(self.requires_grad)
+        if getattr(self, '_is_param', False): made._is_param = True
+        return made
+
+    def __reduce_ex__(self, protocol): return OnGPU, (self.own.detach(),)
 
     def __repr__(self): return f'OnGPU({self.own})'
 
@@ -133,6 +141,7 @@ SILENT = (
     'empty_cache', 'reset_peak_memory_stats', '_lazy_init')
 CUDA = {name: lambda *ignored: None for name in SILENT} | dict(  # functions of `torch.cuda`
     is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
+    get_device_properties=lambda *a: SimpleNamespace(uuid='pretended'),
     get_device_name=lambda *a: 'Pretended GPU', get_device_capability=lambda *a: (7, 0),
     max_memory_allocated=lambda *a: 0)
 
@@ -143,6 +152,7 @@ def pretended_cuda(monkeypatch):
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.serialization.add_safe_globals([OnGPU])
     for name, value in CUDA.items(): monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.utils, 'swap_tensors', _swap_if_needed)
     monkeypatch.setattr(Graph, '_record', _record)

@@ -98,12 +98,13 @@ def test_scores_are_those_of_anomalib_on_images(anomalib, images):
     own = method.extractor.model.model.state_dict()
     assert not model.feature_extractor.feature_extractor.load_state_dict(own, strict=False).missing_keys
     model.memory_bank = method.network.model.memory_bank
-    batch = torch.stack(list(Images(images.test, method.config)))
+    batch = torch.stack(list(Images(images.test, method.config))).to(method.extractor.device)
     with torch.no_grad():
-        expected = model.eval()((batch - method.extractor.model.mean) / method.extractor.model.std)
+        model.eval().to(batch.device)
+        expected = model((batch - method.extractor.model.mean) / method.extractor.model.std)
     found = method.score(images.test)
-    assert np.allclose(found.image, expected.pred_score.numpy(), rtol=1e-3)
-    assert np.allclose(found.map, expected.anomaly_map[:, 0].numpy(), rtol=1e-3, atol=1e-4)
+    assert np.allclose(found.image, expected.pred_score.cpu().numpy(), rtol=1e-3)
+    assert np.allclose(found.map, expected.anomaly_map[:, 0].cpu().numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_chosen_patches_are_those_of_anomalib(anomalib):
@@ -240,8 +241,9 @@ def test_names_stay_those_of_the_published_tables():
 def test_the_whole_method_is_one_network(fitted, images, name):
     "Speed is measured on this network."
     method = fitted(name)
+    prepared = torch.stack(list(Images(images.test[:2], method.config))).to(method.extractor.device)
     with torch.no_grad():
-        scores, maps = method.fuse()(torch.stack(list(Images(images.test[:2], method.config))))
+        scores, maps = (t.cpu() for t in method.fuse()(prepared))
     found = method.score(images.test[:2])
     assert np.allclose(scores, found.image, rtol=1e-4)
     assert np.allclose(maps, found.coarse, rtol=1e-3, atol=1e-3)

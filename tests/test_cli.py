@@ -19,7 +19,7 @@ from cse.extensions.calibration import CalibratedCSE
 from cse.lab.parameters import run_table
 from cse.lab.tables import publish
 
-TINY = dict(epochs=1, device='cpu', engine='torch', resize=64, crop=64,
+TINY = dict(epochs=1, engine='torch', resize=64, crop=64,
             extractor='test_efficientnet', weights='random')
 COMMANDS = list(typer.main.get_command(app).commands)
 assert {'fit', 'score', 'watch', 'tables'} < set(COMMANDS)

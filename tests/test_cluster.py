@@ -20,14 +20,17 @@ import pytest
 import yaml
 from distributed import LocalCluster
 from distributed.cli import dask_scheduler, dask_worker
+from typer.testing import CliRunner
 from mean_method import Mean
 
 from cse.config import Config, ConfigError
 from cse.data.images import DataError
-from cse.lab.grid import GridError, _fetch, _run_on_worker, grid
+from cse.cli import app
+from cse.lab.grid import GridError, _fetch, _run_on_worker, gpus_of, grid
 from cse.lab.records import RECORD_SCHEMA, load_records
 from cse.lab.runs import METHODS, identify
-from cse.lab.scheduling import Outcome, Task, WorkerLost, connect, run_tasks, slots
+from cse.lab import scheduling
+from cse.lab.scheduling import Outcome, Task, WorkerLost, connect, reserved, run_tasks, slots
 from cse.lab.tables import publish
 
 RUNS = int(os.environ.get('CLUSTER_RUNS', 40))
@@ -194,7 +197,8 @@ def tell(folder, number):
     if number == 0 and first or number == 1: os.kill(os.getpid(), signal.SIGKILL)
     if number == 2: raise ValueError('an error')
     if number == 3 or number in (20, 21) and first: time.sleep(1000)
-    return os.environ['OMP_NUM_THREADS'], signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    return os.environ['OMP_NUM_THREADS'], ignores, os.environ['CUDA_VISIBLE_DEVICES']
 '''
 
 
@@ -214,7 +218,77 @@ def calls_of(folder, number):
 
 
 def numbered(folder, numbers):
-    return [Task(f'task {i}', (str(folder), i), seconds=0.1) for i in numbers]
+    return [Task(f'task {i}', (str(folder), i), seconds=0.1, resources={'GPU': 1}) for i in numbers]
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(monkeypatch):
+    "Stand-ins for two GPUs: workers see their names."
+    monkeypatch.setattr(scheduling, 'visible_gpus', lambda: ['3', 'GPU-7'])
+    monkeypatch.delenv('CSE_SHARE_GPU', raising=False)
+
+
+def test_each_process_has_a_gpu_of_its_own_unless_sharing_is_asked_for(monkeypatch):
+    def gpus_of(count):
+        return [options['env']['CUDA_VISIBLE_DEVICES'] for options in scheduling._worker_options(count, True)]
+
+    assert gpus_of(None) == gpus_of(2) == ['3', 'GPU-7'] and gpus_of(1) == ['3']
+    with pytest.raises(ConfigError, match='one process per GPU; GPUs found: 2 .CSE_SHARE_GPU=1 lets'):
+        gpus_of(3)
+    monkeypatch.setenv('CSE_SHARE_GPU', '1')
+    assert gpus_of(None) == ['3', 'GPU-7'] and gpus_of(3) == ['3', 'GPU-7', '3']
+    monkeypatch.setattr(scheduling, 'visible_gpus', lambda: [])
+    with pytest.raises(ConfigError, match='GPUs found: 0'):
+        gpus_of(3)
+    monkeypatch.setenv('CSE_SHARE_GPU', 'yes')
+    with pytest.raises(ConfigError, match="CSE_SHARE_GPU='yes': expected 1"):
+        gpus_of(1)
+
+
+@pytest.fixture
+def in_use(monkeypatch, tmp_path):
+    "The first GPU, on which another command computes."
+    monkeypatch.setenv('CSE_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(scheduling, '_card', lambda index: f'GPU-of-a-test-{index}')
+    monkeypatch.delenv('CSE_RESERVED_GPUS', raising=False)
+    for module in ('grid', 'regenerate'):
+        monkeypatch.setattr(f'cse.lab.{module}.gpus_of', lambda device, scheduler: [0])
+    with reserved([0]):
+        monkeypatch.delenv('CSE_RESERVED_GPUS')
+        yield
+
+
+def test_two_grids_do_not_share_a_gpu_unless_asked(surface, tmp_path, monkeypatch, method, in_use):
+    asked = ask(surface, tmp_path / 'results')
+    for again in (False, True):
+        with pytest.raises(ConfigError, match=r'GPU 0 \(GPU-of-a-test-0\): another command computes on it'):
+            grid(SMALL, **asked, force=again)
+        assert not contents(tmp_path / 'results')
+    with reserved([1]), reserved([1]):
+        assert os.environ['CSE_RESERVED_GPUS'] == 'GPU-of-a-test-1'
+    assert 'CSE_RESERVED_GPUS' not in os.environ
+    monkeypatch.setenv('CSE_SHARE_GPU', '1')
+    assert len(grid(SMALL, **asked)) == 1
+    monkeypatch.delenv('CSE_SHARE_GPU')
+    assert len(grid(SMALL, **asked)) == 1  # on record, so nothing is computed
+
+
+def test_a_table_is_refused_before_its_first_run(tmp_path, monkeypatch, in_use):
+    monkeypatch.setattr('cse.lab.regenerate.planned', lambda *given: {'a run': 1.})
+    asked = 'tables', '1', '--categories', 'wood', '--methods', 'mean_distance', '--results', tmp_path
+    done = CliRunner().invoke(app, [*map(str, asked)])
+    assert done.exit_code == 2 and not done.stdout and not contents(tmp_path)
+    assert 'another command computes on it; wait for its end' in done.stderr
+
+
+@pytest.mark.parametrize('device, scheduler, expected', [
+    ('auto', 'local', [0]), ('cuda:1', 'local', [1]), ('cpu', 'processes', []), ('cuda', 'processes', [0, 1]),
+    ('cuda', 'processes:1', [0]), ('auto', 'processes:9', [0, 1]), ('cuda', 'tcp://host:8786', [])])
+def test_gpus_that_a_command_reserves(monkeypatch, device, scheduler, expected):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.setattr('cse.lab.grid.visible_gpus', scheduling.visible_gpus)
+    assert gpus_of(device, scheduler) == expected
 
 
 def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, tell):
@@ -223,7 +297,9 @@ def test_deaths_and_hangs_are_counted_and_errors_are_not_repeated(tmp_path, tell
     found = {o.task.args[1]: o for o in outcomes}
     assert found.keys() == set(range(12))
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert all(found[i].value == (str(threads), True) for i in (0, *range(4, 12)))
+    values = [found[i].value for i in (0, *range(4, 12))]
+    assert {value[:2] for value in values} == {(str(threads), True)}
+    assert {value[2] for value in values} <= {'3', 'GPU-7'}
     for i in (1, 3):
         assert isinstance(found[i].error, WorkerLost) and '2 times' in str(found[i].error)
     assert str(found[2].error) == 'an error'
@@ -376,3 +452,23 @@ def check_worker(arguments, environment):
     offered = {'nthreads': 1, 'resources': {'GPU': 1}}
     assert slots({'w': offered}, {'GPU': 1}) == 1
     assert {'OMP_NUM_THREADS', 'CSE_DATA', 'CSE_TEXTURES', 'CSE_CACHE'} <= environment.keys()
+
+
+def test_the_commands_of_the_guide_exist():
+    "Options of `dask worker`, targets and variables of make, options of `cse tables`."
+    guide = (CLUSTER / 'README.md').read_text()
+    workers = re.findall(r'dask (worker tcp.*)', guide)
+    for command in workers:
+        params = dask_worker.main.make_context('worker', shlex.split(command)[1:]).params
+        assert params['nthreads'] == 1 and params['resources'] == 'GPU=1' and params['nanny'] is not False
+    made = re.findall(r'^make (tables .*)', guide, re.M)
+    for command in made:
+        words = shlex.split(command.replace('tcp://', ''))
+        done = subprocess.run(['make', '-n', *words], cwd=CLUSTER.parents[1], capture_output=True, text=True)
+        assert done.returncode == 0 and "--device 'cuda'" in done.stdout and '--scheduler' in done.stdout
+    assert len(workers) == 1 and len(made) == 3
+    words, = re.findall(r'`cse (tables .*?)`', guide)
+    from cse.lab.commands import commands
+    import typer
+    context = typer.main.get_command(commands).commands['tables'].make_context('tables', words.split()[1:])
+    assert context.params['scheduler'] == 'processes' and context.params['device'] == 'cuda'

@@ -13,7 +13,7 @@ from cse.data.images import Images
 from cse.data.seeds import seeded, split
 from cse.extensions.calibration import CalibratedCSE
 
-TINY = dict(epochs=1, device='cpu', engine='torch', resize=64, crop=64, extractor='test_efficientnet',
+TINY = dict(epochs=1, engine='torch', resize=64, crop=64, extractor='test_efficientnet',
             weights='random')
 
 

@@ -37,7 +37,7 @@ from cse.fast.session import SavedState
 from test_tilda import write_release
 
 LONG = bool(os.environ.get('ROBUSTNESS_KILLS'))  # `make robustness` tries more
-SMALL = dict(epochs=2, device='cpu', engine='torch', resize=104, crop=96)
+SMALL = dict(epochs=2, engine='torch', resize=104, crop=96)
 TINY = SMALL | dict(resize=72, crop=64, extractor='test_efficientnet', weights='random')
 FILES = 'model.json', 'model.safetensors'
 
@@ -511,6 +511,7 @@ def test_a_saved_hybrid_detector_scores_alike(hybrid, good, tmp_path):
         cse.load(tmp_path)
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not find_spec('openvino'), reason='needs OpenVINO')
 def test_the_hybrid_detector_in_the_other_engine(hybrid, good, tmp_path):
     expected = hybrid.score(good).image
@@ -526,7 +527,7 @@ def test_without_weight_for_the_embedding_the_largest_distance_decides(hybrid, g
     with torch.no_grad():
         features = alone.extractor(images)
         maps = alone.density([features[i] for i in alone.config.density_places])
-    distances = maps.amax((1, 2)).numpy()
+    distances = maps.amax((1, 2)).cpu().numpy()
     assert (np.argsort(alone.score(good[:6]).image) == np.argsort(distances)).all()
 
 

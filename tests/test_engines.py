@@ -57,6 +57,7 @@ def converted():
     return FastExtractor(**LITE, engine='openvino')
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('size', [(96, 96), (64, 128)])
 def test_engines_agree(plain, converted, size):
     images = torch.rand(2, 3, *size)
@@ -71,9 +72,10 @@ def test_random_efficientnet_b3_runs(engine):
     found = extractor(IMAGES[:1])
     assert [tuple(f.shape[1:]) for f in found] == [(136, 6, 6), (384, 3, 3)]
     with torch.no_grad():
-        assert close(found, extractor.model(IMAGES[:1]))
+        assert close(found, extractor.model(IMAGES[:1].to(extractor.device)))
 
 
+@pytest.mark.cpu
 def test_without_the_package(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'openvino', None)
     extractor = FastExtractor(**SMALL)
@@ -84,6 +86,7 @@ def test_without_the_package(monkeypatch, caplog):
         FastExtractor(**SMALL, engine='openvino')(IMAGES)
 
 
+@pytest.mark.cpu
 def test_an_extractor_that_cannot_be_converted(monkeypatch, caplog, own_cache):
     import openvino
 
@@ -99,6 +102,7 @@ def test_an_extractor_that_cannot_be_converted(monkeypatch, caplog, own_cache):
         FastExtractor(**SMALL, engine='openvino')(IMAGES)
 
 
+@pytest.mark.cpu
 def test_a_network_that_computes_something_else_is_refused(monkeypatch, own_cache):
     def odd(model, *args):
         return lambda *x: [f * 1.01 for f in model(*x)]
@@ -108,11 +112,13 @@ def test_a_network_that_computes_something_else_is_refused(monkeypatch, own_cach
         FastExtractor(**SMALL, engine='openvino')(IMAGES)
 
 
+@pytest.mark.cpu
 def test_the_first_run_computes_what_later_runs_do(own_cache):
     first, later = (FastExtractor(**SMALL)(IMAGES) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, later))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('damage', ['text', 'short', 'gone', 'zeros'] if LONG else ['text', 'zeros'])
 def test_a_damaged_compiled_network_is_written_again(own_cache, damage):
     before = FastExtractor(**SMALL)(IMAGES)
@@ -135,6 +141,7 @@ def test_a_damaged_compiled_network_is_written_again(own_cache, damage):
     assert weights.read_bytes() == whole
 
 
+@pytest.mark.cpu
 def test_bfloat16_on_request_only(plain, converted):
     exact = converted(IMAGES)
     assert close(exact, plain(IMAGES))
@@ -144,6 +151,7 @@ def test_bfloat16_on_request_only(plain, converted):
     assert not close(autocast, exact), 'autocast changes the result'
 
 
+@pytest.mark.cpu
 def test_compile_openvino_takes_several_inputs():
     class Sum(torch.nn.Module):
         def forward(self, a, b):
@@ -158,8 +166,8 @@ def test_compile_openvino_takes_several_inputs():
 def test_the_fused_network_scores_like_the_detector(fitted):
     expected = fitted.score(PREPARED)
     with torch.inference_mode():
-        scores, maps = fitted.fuse()(IMAGES)
-        literal = fitted.bank.score(fitted.embedder(fitted.extractor(IMAGES))[1])
+        scores, maps = (t.cpu() for t in fitted.fuse()(IMAGES.to(fitted.extractor.device)))
+        literal = fitted.bank.score(fitted.embedder(fitted.extractor(IMAGES))[1]).cpu()
     assert np.allclose(scores, expected.image, rtol=1e-4)
     assert np.allclose(maps, expected.coarse, rtol=1e-3, atol=1e-5)
     assert np.allclose(literal, expected.image, rtol=1e-4)
@@ -167,6 +175,7 @@ def test_the_fused_network_scores_like_the_detector(fitted):
     assert fitted._whole and np.allclose(compiled.image, expected.image, rtol=1e-4)
 
 
+@pytest.mark.cpu
 def test_a_detector_that_cannot_be_compiled_scores_as_before(fitted, monkeypatch, caplog):
     expected = fitted.score(PREPARED).image
 
@@ -182,6 +191,7 @@ def test_a_detector_that_cannot_be_compiled_scores_as_before(fitted, monkeypatch
         fitted.compile()
 
 
+@pytest.mark.cpu
 def test_compiling_for_the_torch_engine(good, textures, monkeypatch):
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
     config = Config.smoke(**SETTINGS, engine='torch')
@@ -192,6 +202,7 @@ def test_compiling_for_the_torch_engine(good, textures, monkeypatch):
     assert np.allclose(found.image, expected.image, rtol=1e-5)
 
 
+@pytest.mark.cpu
 def test_a_failed_conversion_leaves_logging_alone():
     class Odd(torch.nn.Module):
         def forward(self, x):
@@ -261,6 +272,7 @@ signal.raise_signal(signal.SIGUSR1)
 '''
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of POSIX only')
 def test_signals_arrive_after_networks_are_freed():
     "Two cores of OpenVINO, freed in the order in which they were made, leave no stack for signals."

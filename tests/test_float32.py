@@ -17,6 +17,7 @@ from cse.fast.engines import convert_openvino
 from cse.fast.openvino import compile_network, openvino_core
 from together import SETTINGS, images
 
+pytestmark = pytest.mark.cpu  # OpenVINO computes on the CPU
 SOURCES = {p: p.read_text() for p in (Path(__file__).parent.parent / 'cse').rglob('*.py')}
 X = torch.from_numpy(images(3)).permute(0, 3, 1, 2)
 

@@ -18,7 +18,7 @@ from cse.data.images import DataError, Images, as_images, resize_crop
 from cse.extensions.calibration import CalibratedCSE
 
 CONFIG = Config.smoke(resize=40, crop=32, epochs=1, extractor='test_efficientnet',
-                      weights='random', engine='torch', device='cpu')
+                      weights='random', engine='torch')
 PIXELS = np.random.default_rng(0).integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
 TENSORS = torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255
 PAIRS = [(image, i) for i, image in enumerate(TENSORS)]

@@ -85,10 +85,11 @@ def test_the_whole_method_is_one_network(images, fitted):
     prepared = torch.stack(list(Images(images.test[:2], fitted.config)))
     found = fitted.score(images.test[:2])
     with torch.no_grad():
-        scores, maps = fitted.fuse()(prepared)
+        scores, maps = (t.cpu() for t in fitted.fuse()(prepared.to(fitted.extractor.device)))
     assert np.allclose(scores, found.image, rtol=1e-4) and np.allclose(maps, found.coarse, rtol=1e-3)
 
 
+@pytest.mark.cpu
 def test_the_compiled_method_scores_the_same(images):
     pytest.importorskip('openvino')
     config = Config.smoke(**SMALL | dict(epochs=1, extractor='resnet10t', engine='openvino'))

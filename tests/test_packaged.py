@@ -54,7 +54,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 def test_a_detector_with_a_larger_extractor(tmp_path, surface):
-    config = Config.smoke(extractor='tf_efficientnet_lite1', epochs=1, resize=64, crop=64, device='cpu')
+    config = Config.smoke(extractor='tf_efficientnet_lite1', epochs=1, resize=64, crop=64)
     good = surface / 'gravel/train/good'
     detector = CSE(config).fit(good, progress=False, folder=tmp_path / 'part.cse')
     again = CSE.load(tmp_path / 'part.cse')

@@ -59,7 +59,9 @@ def test_a_method_scores_as_on_the_cpu(name, settings, on_cpu, gpu, caplog):
     recorded = {tuple(shape) for shape, in detector.extractor.graphs.recorded}
     assert recorded == {(n, 3, 64, 64) for n in BATCHES}
     for _ in range(2):
-        assert np.allclose(detector.score(IMAGES).image, expected, rtol=1e-4)
+        # the covariances of PaDiM from ten images magnify the last bits of the features
+        limit = 1e-3 if name == 'padim' else 1e-4
+        assert np.allclose(detector.score(IMAGES).image, expected, rtol=limit)
         detector.compile()
     assert not caplog.records and not gpu & UNORDERED  # every graph was recorded, and bits do not change
 

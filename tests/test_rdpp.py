@@ -56,7 +56,8 @@ def test_a_network_from_features_to_scores(fitted, images):
     found = fitted.score(images.test)
     assert found.map.shape == (6, 128, 128) and np.isfinite(found.map).all() and found.image.std() > 0
     with torch.no_grad():
-        scores, maps = fitted.fuse()(torch.stack(list(Images(images.test[:2], fitted.config))))
+        prepared = torch.stack(list(Images(images.test[:2], fitted.config)))
+        scores, maps = (t.cpu() for t in fitted.fuse()(prepared.to(fitted.extractor.device)))
     assert np.allclose(scores, found.image[:2], rtol=1e-4)
     assert np.allclose(maps, found.map[:2], rtol=1e-3, atol=1e-4)
     names = ['contrast', 'distillation', 'epoch', 'loss', 'reconstruction', 'transport']
@@ -76,8 +77,8 @@ def test_the_map_adds_distances_and_smooths_them(fitted, images):
             enlarged = torch.nn.functional.interpolate(
                 distance[:, None], (128, 128), mode='bilinear', align_corners=True)
             expected = expected + enlarged[0, 0]
-        found = network(*features)[1][0]
-    assert np.allclose(found, gaussian_filter(expected.numpy(), 4, mode='mirror'), atol=1e-4)
+        found = network(*features)[1][0].cpu()
+    assert np.allclose(found, gaussian_filter(expected.cpu().numpy(), 4, mode='mirror'), atol=1e-4)
 
 
 def test_losses_by_hand(packages):

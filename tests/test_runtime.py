@@ -17,6 +17,8 @@ from cse.deploy.runtime import (
     ABOUT, NETWORK, WEIGHTS, Runtime, RuntimeUnavailable, open_detector, prepare_values, save_runtime)
 from together import SETTINGS, images, in_threads
 
+pytestmark = pytest.mark.cpu  # OpenVINO computes on the CPU
+
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):

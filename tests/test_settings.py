@@ -42,8 +42,11 @@ def parts(photographs):
 def decoder_of(parts, config):
     "A decoder as it enters a training run, and the embedder and the pairs beside it."
     pairs = CachedPairs(parts.cache, parts.extractor, parts.defects, config)
-    embedder = make_embedder(parts.cache.channels, config, 0, FastEmbedder)
+    device = parts.extractor.device
+    embedder = make_embedder(parts.cache.channels, config, 0, FastEmbedder).to(device)
     decoder = make_decoder(parts.cache.channels, config, 0)
+    if decoder is not None:
+        decoder.to(device)
     return prepare_decoder(decoder, embedder, pairs, config), embedder, pairs
 
 
@@ -159,7 +162,7 @@ def test_batchnorm_after_the_first_epoch(parts):
 @pytest.mark.parametrize('how', ['gradients', 'optimiser'])
 def test_a_fixed_decoder_passes_gradients_on(parts, how):
     decoder, _, _ = decoder_of(parts, parts.config.replace(decoder_freeze=how))
-    u = torch.rand(4, 64, 14, 14, requires_grad=True)
+    u = torch.rand(4, 64, 14, 14, device=parts.extractor.device, requires_grad=True)
     decoder(u)[1].sum().backward()
     norms = [m for m in decoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     has_gradients = any(p.grad is not None for p in decoder.parameters())

@@ -24,7 +24,7 @@ from cse.metrics import auroc
 from together import SETTINGS, images
 
 CONFIG = Config.smoke(**SETTINGS)  # of random weights, which are fast
-SHARP = Config.smoke(resize=64, crop=64, epochs=1, device='cpu')
+SHARP = Config.smoke(resize=64, crop=64, epochs=1)
 QUIET = dict(progress=False)
 X = images(24) / 2
 Y = np.tile([0, 0, 1], 8)

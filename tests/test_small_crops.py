@@ -14,7 +14,7 @@ from cse.fast.pairs import AHEAD, CachedPairs
 from cse.training import PairSampler
 
 IMAGES = torch.rand(80, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-SMALL = dict(epochs=1, resize=32, crop=32, device='cpu', engine='torch', extractor='test_efficientnet',
+SMALL = dict(epochs=1, resize=32, crop=32, engine='torch', extractor='test_efficientnet',
              weights='random')
 
 

@@ -87,12 +87,14 @@ def test_every_thread_gets_the_scores_of_its_own_images(forms, name, record_prop
     record_property('thread_calls', THREADS * CALLS)
 
 
+@pytest.mark.cpu
 def test_exported_files_in_threads(exported, record_property):
     calls = 20 if LONG else 1
     assert count_in_threads(exported, SETS[:3], calls) == THREADS * calls
     record_property('thread_calls', THREADS * calls)
 
 
+@pytest.mark.cpu
 def test_threads_that_meet_compile_a_network_once(fitted, monkeypatch):
     made, compile_network = [], engines.compile_network
 
@@ -112,6 +114,7 @@ def test_threads_that_meet_compile_a_network_once(fitted, monkeypatch):
     assert len(made) == 1 and all(np.array_equal(f, expected) for f in found)
 
 
+@pytest.mark.cpu
 def test_a_request_that_fails_is_not_used_again(fitted):
     network = copy.deepcopy(fitted.extractor)
     network(prepared(SETS[0]))
@@ -218,6 +221,7 @@ def test_a_detector_that_is_not_fitted_is_pickled_too(fitted):
 
 # --- forks
 
+@pytest.mark.cpu
 @needs_fork
 @pytest.mark.parametrize('name', FORMS)
 @pytest.mark.parametrize('threads', [1, 2] if LONG else [2])
@@ -230,6 +234,7 @@ def test_a_forked_child_scores_like_its_parent(forms, name, threads):
         assert np.array_equal(detector.score(BATCH).image, expected)
 
 
+@pytest.mark.cpu
 @needs_fork
 @pytest.mark.parametrize('name', FORMS if LONG else ['as fitted', 'torch'])
 def test_a_fork_waits_for_threads_that_score(forms, name):
@@ -249,6 +254,7 @@ def test_a_fork_waits_for_threads_that_score(forms, name):
     in_threads(score, score, score, fork)
 
 
+@pytest.mark.cpu
 @needs_fork
 def test_what_a_forked_child_can_do(fitted, exported):
     "Score, calibrate, decide, compile, run an exported file, start threads, and fork again."
@@ -267,6 +273,7 @@ def test_what_a_forked_child_can_do(fitted, exported):
     assert in_child(everything) == [True] * 8
 
 
+@pytest.mark.cpu
 @needs_fork
 def test_a_child_may_free_the_networks_of_its_parent():
     networks = [engines.compile_openvino(nn.Linear(3, 2), [torch.ones(1, 3)])]
@@ -281,6 +288,7 @@ def test_a_child_may_free_the_networks_of_its_parent():
     free()
 
 
+@pytest.mark.cpu
 @needs_fork
 def test_a_child_compiles_after_its_parent_freed_a_network():
     "Threads of OpenVINO that wait in the parent for their next network do not exist in a child."
@@ -296,6 +304,7 @@ def test_a_child_compiles_after_its_parent_freed_a_network():
     assert in_child(compiled) is True
 
 
+@pytest.mark.cpu
 @needs_fork
 def test_a_thread_may_fork_while_it_computes():
     with between_forks(), between_forks():
@@ -318,6 +327,7 @@ def several(forms):
     return list(forms.values())[:None if LONG else 2]
 
 
+@pytest.mark.cpu
 @needs_fork
 def test_forked_processes(forms, record_property):
     for detector in several(forms)[:None if LONG else 1]:

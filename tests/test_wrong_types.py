@@ -15,7 +15,7 @@ from cse.extensions.calibration import CalibratedCSE, Calibration, CalibrationEr
 from cse.lab.parameters import run_table
 
 IMAGES = torch.rand(10, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-CONFIG = Config.smoke(epochs=1, device='cpu', engine='torch', resize=64, crop=64,
+CONFIG = Config.smoke(epochs=1, engine='torch', resize=64, crop=64,
                       extractor='test_efficientnet', weights='random')
 TEN = Calibration(np.arange(10))
 NO_NUMBERS = ['0.2', b'0.2', None, [0.2], (), {}, 0.2j, object(), np.array([0.2, 0.3]), torch.rand(2),

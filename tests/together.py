@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 LONG = bool(os.environ.get('ROBUSTNESS_KILLS'))  # `make robustness` tries more
-SETTINGS = dict(extractor='test_efficientnet', weights='random', resize=64, crop=64, epochs=1, device='cpu')
+SETTINGS = dict(extractor='test_efficientnet', weights='random', resize=64, crop=64, epochs=1)
 
 
 def images(count, seed=0):

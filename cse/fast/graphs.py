@@ -106,7 +106,16 @@ class Graphs:
         function: Callable, # As for `Graph`
     ):
         self.function, self.recorded, self.lock = function, {}, threading.Lock()
-        self.pool = None
+        self.pool = self.done = None # Memory; event: the last call is over
+
+    @contextmanager
+    def _in_turn(self, device):
+        "Let the streams of several threads wait for each other: they use the same tensors."
+        if device.type != 'cuda' or not torch.cuda.is_initialized(): return (yield)
+        stream = torch.cuda.current_stream(device)
+        if self.done: stream.wait_event(self.done)
+        yield
+        self.done = stream.record_event()
 
     def __getstate__(self): return dict(function=self.function) # a graph stays in its process
 
@@ -116,7 +125,7 @@ class Graphs:
         *inputs: torch.Tensor, # On one device
     ) -> list[torch.Tensor]: # New tensors
         shapes = tuple(t.shape for t in inputs)
-        with self.lock:
+        with self.lock, self._in_turn(inputs[0].device):
             if shapes not in self.recorded:
                 if inputs[0].is_cuda: self.pool = self.pool or torch.cuda.graph_pool_handle()
                 self.recorded[shapes] = record(self.function, inputs, self.pool)

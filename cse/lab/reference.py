@@ -146,7 +146,8 @@ built-in data, with AVX2 in place of SSE4.1.
 false-alarm rates and training curves hold tables without records: they are not in the list below.
 `cse compare results/runs/built-in-smoke` says how close your own runs come.
 
-Nothing that you run writes here. `make reference RUNS=results/runs/NAME` does, after an audit.
+Nothing that you run writes here. `make reference RUNS=results/runs/NAME` does, after an audit, and
+`make gpu-check` writes `gpu.json`: what one GPU reaches.
 '''
 
 def write_readme(

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 from ..config import ConfigError
 from .comparison import comparison
-from .grid import GridError, known_paces, work
+from .grid import GridError, gpus_of, known_paces, work
 from .latency import plan_speed, run_speed, timing_key
 from .timed_methods import process_of
 from .parameters import join_asked, plan_table, read_asked, run_table, table_records
@@ -24,7 +24,7 @@ from .published import PUBLISHED
 from .records import is_timing, load_records, reference_folder
 from .reproduction import compare
 from .runs import check_results, identify
-from .scheduling import as_scheduler
+from .scheduling import as_scheduler, reserved
 from .tables import caption, facts, publish
 
 # %% ../../nbs/lab/22_regenerate.ipynb #54569dc8
@@ -244,7 +244,10 @@ def regenerate(
             raise ConfigError(f'{source}: is missing; expected the folder of the table notebooks, nbs/tables')
     here = as_scheduler(options.get('scheduler', 'local'))[0] != 'address'
     plan = planned(tables, results) if here else {} # a worker's versions are not known here
-    with Progress(plan, results).shown(quiet or not plan):
+    progress = Progress(plan, results)
+    gpus = gpus_of(options.get('device', 'auto'), options.get('scheduler', 'local'))
+    if len(progress.before) == len(plan): gpus = [] # nothing is computed
+    with reserved(gpus), progress.shown(quiet or not plan):
         for number, given in tables.items():
             failure = ''
             try:
