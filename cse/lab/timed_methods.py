@@ -8,7 +8,7 @@ __all__ = ['SURFACE_IMAGES', 'TIMED', 'untrained', 'CoarsestMean', 'Untrained', 
            'choose']
 
 # %% ../../nbs/lab/15_timed_methods.ipynb #5c8e7f91
-import functools, math
+import copy, functools, math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -121,11 +121,16 @@ class NoExtractor:
         device: torch.device, # CPU or GPU
     ):
         self.model, self.device = PassOn(), device
+        self.graphs = device.type == 'cuda' # is a detector recorded?
         about = dict(name=name, weights='random', tag='random', sha256=None)
         self.info = about | dict(
             engine='torch', precision='float32', difference=None, device=str(device))
 
     def compile(self): return self
+
+    def compiled(self, compiler): return self
+
+    def features(self, images): return [images]
 
     def __call__(self, images): return [images.to(self.device)]
 
@@ -171,10 +176,19 @@ _BUILDERS = {
     'efficient_ad/small': efficient_ad,
 }
 
+def _without_graphs(extractor):
+    "A copy of an extractor that computes operation by operation."
+    made = copy.copy(extractor)
+    made.graphs = None
+    return made
+
 @functools.lru_cache(maxsize=1)
 def _eager(method, config, seed):
     "The method in eager PyTorch; the last one is kept for its compiled form."
-    return _BUILDERS[method](config.replace(engine='torch'), seed)
+    detector = _BUILDERS[method](config.replace(engine='torch'), seed)
+    for name in 'extractor', 'shallow': # nothing is recorded
+        if hasattr(detector, name): setattr(detector, name, _without_graphs(getattr(detector, name)))
+    return detector
 
 # %% ../../nbs/lab/15_timed_methods.ipynb #9ff662d5
 @dataclass
