@@ -262,7 +262,7 @@ def plan_speed(
     weights: str = '', # Empty: random
     settings: dict = None, # Other settings
     categories: list | str = '', # One
-    methods: list | str = '', # Empty: all
+    methods: list | str = '', # Empty: those of the paper
     seeds: int | list | str = 1, # Runs
     device: str = 'auto', # auto, cpu, cuda
 ) -> SpeedPlan:
@@ -270,7 +270,7 @@ def plan_speed(
     own = dict(extractor=extractor or Config().extractor, weights=str(weights or 'random'))
     own |= as_settings(settings)
     config = from_profile(profile, device=device, **own)
-    names = choose([m for m in as_list(methods, 'methods') if m != 'all'])
+    names = choose(as_list(methods, 'methods'))
     image = timed_image(data, *as_list(categories, 'categories')[:1])
     Images([image[0]], config).check()
     own['weights'] = Path(own['weights']).name
@@ -349,7 +349,7 @@ def run_speed(
     weights: str = '', # Empty: random
     settings: dict = None, # Other settings
     categories: list | str = '', # One
-    methods: list | str = '', # Empty: all
+    methods: list | str = '', # Empty: those of the paper
     seeds: int | list | str = 1, # Runs
     results: str = '', # Empty: temporary
     force: bool = False, # Measure again
