@@ -377,6 +377,7 @@ def reproduction_plot(
     if speed:
         ax.set_xscale('log')
         ax.set_yscale('log')
+        ax.xaxis.set_minor_formatter('') # labels between decades would overlap
     return fig
 
 def reproduction(
