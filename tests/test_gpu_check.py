@@ -19,9 +19,9 @@ SETUP = Setup(device='cuda')
 
 
 def test_without_a_gpu_nothing_is_installed(tmp_path):
+    command = ['make', '--no-print-directory', 'gpu-check', f'VENV={tmp_path}/venv']
     done = subprocess.run(
-        ['make', '--no-print-directory', 'gpu-check', f'VENV={tmp_path}/venv'], cwd=ROOT, text=True, capture_output=True,
-        env=os.environ | dict(PATH='/usr/bin:/bin'))
+        command, cwd=ROOT, text=True, capture_output=True, env=os.environ | dict(PATH='/usr/bin:/bin'))
     assert done.returncode and done.stdout == '' and not list(tmp_path.iterdir())
     assert 'needs an NVIDIA GPU and its driver' in done.stderr.splitlines()[0]
 
