@@ -61,8 +61,7 @@ class Graph:
         pool: tuple | None = None, # Memory that graphs share, as `torch.cuda.graph_pool_handle` gives it
     ):
         self.function, self.graph = function, None
-        gradients = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        with torch.inference_mode(False), torch.no_grad(): # as when it is called
             self.inputs = [t.detach().clone() for t in inputs]
             self.outputs = self._record(pool)
 

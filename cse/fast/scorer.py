@@ -7,8 +7,8 @@ __all__ = ['Scorer']
 
 # %% ../../nbs/fast/08_scorer.ipynb #22847dd9
 import logging
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 import numpy as np, torch
 from torch import nn
