@@ -25,7 +25,7 @@ from ..training import make_embedder
 from ..scoring import MemoryBank
 from ..fast.engines import FastExtractor, checked_openvino
 from ..fast.model import FastEmbedder
-from ..fast.scorer import Scorer
+from ..fast.scorer import Scorer, unusual_image
 from ..detector import CSE
 from ..baselines.anomalib import quiet
 from ..baselines.registry import BASELINES
@@ -228,9 +228,7 @@ def _cosine(a, b, dim=1):
 
 def _openvino(detector, name):
     "Scores of the whole network in OpenVINO. Raises `EngineError` where it cannot be converted."
-    side = detector.config.crop
-    image = torch.rand(1, 3, side, side, generator=seeded(0, 'compile'))
-    image[..., side // 2:] = 0 # unusual for any detector; maps of zeros would test nothing
+    image = unusual_image(detector.config.crop)
     with patch.object(F, 'cosine_similarity', _cosine):
         run, difference = checked_openvino(
             detector.fuse(), [image], name, exact=True)
