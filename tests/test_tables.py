@@ -10,7 +10,8 @@ from cse.config import ConfigError
 from cse.lab.records import load_records
 from cse.lab.runs import run
 from cse.lab.grid import GridError, grid
-from cse.lab.parameters import run_table
+from cse.lab.parameters import read_asked, run_table
+from cse.lab.tables import render
 
 ROOT = Path(__file__).parent.parent
 TABLES = ROOT / 'nbs/tables'
@@ -126,8 +127,9 @@ def test_built_in_textiles_are_no_surfaces_of_table_1():
 
 @pytest.mark.parametrize('name, message', [
     ('classifier/none', 'only cse has decoder modes'),
-    ('cse/frozen', 'decoder='),
-    ('cse/', 'decoder='),
+    ('cse/frozen', 'a decoder mode .* or a profile'),
+    ('cse/', 'a decoder mode .* or a profile'),
+    ('patchcore/paper', 'only cse has decoder modes'),
     ('patchwork', "'classifier'"),
     ('cse/random', 'expected each once')])
 def test_unknown_columns_are_refused_before_any_run(surface, tiny, tmp_path, name, message):
@@ -139,6 +141,8 @@ def test_unknown_columns_are_refused_before_any_run(surface, tiny, tmp_path, nam
 @pytest.mark.parametrize('table, parameters, message', [
     (1, dict(methods='cse/none'), 'columns of Table 5'),
     (5, dict(methods='cse/none', settings={'decoder': 'joint'}), 'expected it in one place'),
+    (5, dict(methods='cse/repaired'), 'columns of Table 5 are decoder modes'),
+    (1, dict(methods='cse,cse/smoke'), 'expected each once'),
     (1, dict(categories='wood,textile1'), 'not both in one table'),
     (1, dict(settings='[1]'), 'expected JSON')])
 def test_contradicting_parameters_are_refused_before_any_run(
@@ -146,6 +150,18 @@ def test_contradicting_parameters_are_refused_before_any_run(
     with pytest.raises(ValueError, match=message):
         run_table(table, results=str(tmp_path / 'results'), **parameters)
     assert not (tmp_path / 'results').exists()
+
+
+def test_one_table_compares_trainings(surface, tmp_path):
+    given = dict(data=str(surface), settings=SMALL, results=str(tmp_path))
+    records = run_table(1, methods='cse,cse/repaired,mean_distance', **given)
+    by = {r.get('trained_as'): r for r in records if r['method'] == 'cse'}
+    assert by[None]['config']['max_lr_factor'] == 10 and by['repaired']['config']['max_lr_factor'] == 1
+    assert {r['config']['epochs'] for r in by.values()} == {1}, 'a changed setting stays'
+    assert by[None]['metrics'] != by['repaired']['metrics']
+    table = str(render(records, 1, read_asked(tmp_path)[1]))
+    assert '| CSE | ' in table and '| CSE repaired | ' in table
+    assert run_table(1, methods='cse/repaired', **given)[0] == by['repaired'], 'read from its record'
 
 
 def test_papermill_stops_at_an_unknown_parameter(tmp_path):

@@ -66,8 +66,9 @@ def _file_name(value):
 
 # %% ../../nbs/lab/09_comparison.ipynb #df501037
 def _column_key(record, paper):
-    "The key of a column: the method, with the value of the setting that varies."
+    "The key of a column: the method, with the profile of its training or the setting that varies."
     method = record['method']
+    if training := record.get('trained_as'): return f'{method}/{training}'
     if not paper.variant: return method
     if paper.variants_of not in ('', method): return method
     value = str(value_at(record, paper.variant)).split('.')[0]
@@ -170,7 +171,7 @@ def check_records(
     for path in _SHARED_BY_CSE: _check_same(pasting, path, f'of table {table}')
     for category, some in grouped(records, lambda r: r['category']).items():
         _check_same(some, 'data.fingerprint', f'on {category}')
-    def method(r): return column_name(r, paper) if table == 3 else r['method']
+    def method(r): return column_name(r, paper) if table == 3 or r.get('trained_as') else r['method']
     for name, some in grouped(records, method).items():
         _check_method(some, name, table)
     _check_once(records, paper)

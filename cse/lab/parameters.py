@@ -21,7 +21,7 @@ from ..baselines.registry import BASELINES, baseline_config
 from .grid import check_grid, grid
 from .records import (
     is_timing, load_records, method_config, record_config, reference_folder)
-from .runs import METHODS, NO_TEXTURES, data_name, variant
+from .runs import METHODS, NO_TEXTURES, data_name, training_profile, variant
 from .scheduling import say
 
 # %% ../../nbs/lab/07_parameters.ipynb #04a7c16a
@@ -295,9 +295,12 @@ def table_records(
 
 # %% ../../nbs/lab/07_parameters.ipynb #08515029
 def _check_columns(chosen, table, settings):
-    "Refuse decoder modes outside Table 5 or together with a decoder setting. Raises `ConfigError`."
-    modes = [name for name in chosen if '/' in name]
-    modes = ', '.join(name for name in modes if name not in METHODS)
+    "Refuse decoder modes outside Table 5 or beside a decoder setting, trainings in it. Raises `ConfigError`."
+    forms = [name for name in chosen if '/' in name and name not in METHODS]
+    trainings = ', '.join(filter(training_profile, forms))
+    if trainings and table == 5:
+        raise ConfigError(f'methods={trainings}: the columns of Table 5 are decoder modes')
+    modes = ', '.join(name for name in forms if not training_profile(name))
     if not modes: return
     if table != 5:
         raise ConfigError(
