@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VARIATIONS', 'UNTRAINED', 'EPOCHS', 'Variation', 'as_variations', 'OtherDefects', 'Surface', 'RememberedPairs',
            'CurveCallback', 'training_curve', 'untrained_curve', 'run_curves', 'movement_plot', 'effects',
-           'effects_table', 'epochs_table', 'training_curves_plot', 'predictors', 'predictors_table', 'write_curves']
+           'effects_table', 'epochs_table', 'stopping_table', 'training_curves_plot', 'predictors', 'predictors_table',
+           'write_curves']
 
 # %% ../../nbs/lab/25_training_curves.ipynb #fb306123
 import itertools, json, tempfile
@@ -476,6 +477,25 @@ def epochs_table(
             **{kind: f'{100 * average[kind]:.1f}' for kind in _KINDS}})
     return markdown(pd.DataFrame(lines).set_index('epoch'))
 
+# %% ../../nbs/lab/25_training_curves.ipynb #25f0a021
+def stopping_table(
+    found: pd.DataFrame, # Of `run_curves`
+    dimensions: float = 4, # At least, of the epoch that is taken
+) -> Markdown: # A table in Markdown
+    "The checkpoint, and the last measured epoch with enough dimensions, against the untrained distance."
+    place, lines = ['category', 'seed'], {}
+    untrained = found[found.variation == UNTRAINED].set_index(place).auroc
+    def points(difference): return _mean_cell(100 * difference.groupby('category').mean())
+    for name, some in found[found.variation != UNTRAINED].groupby('variation', sort=False):
+        kept = some[some.kept].set_index(place).auroc
+        wide = some[~some.kept & (some.dimensions >= dimensions)]
+        stopped = wide.sort_values('epoch').groupby(place).auroc.last()
+        lines[name] = {
+            'checkpoint': points(kept - untrained),
+            f'at least {dimensions} dimensions': points(stopped - untrained),
+            'difference': points(stopped - kept)}
+    return markdown(pd.DataFrame(lines).T.rename_axis('what is changed'))
+
 # %% ../../nbs/lab/25_training_curves.ipynb #bea58d63
 def training_curves_plot(
     found: pd.DataFrame, # Of `run_curves`
@@ -554,5 +574,6 @@ def write_curves(
             f'**Against the paper**, points of image AUROC.\n\n'
             f'{effects_table(found, "as in the paper")}\n\n'
             f'**Epoch by epoch**, as in the paper.\n\n{epochs_table(found)}\n\n'
+            f'**Stopped by effective dimensions.**\n\n{stopping_table(found)}\n\n'
             f'**What foretells it.**\n\n{predictors_table(found)}\n')
     write_files(Path(results)/'tables'/'training-curves', text, found.round(4))
