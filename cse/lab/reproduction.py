@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MACHINES', 'Spread', 'measured_spread', 'pooled_sd', 'Cell', 'band', 'obstacle', 'Reproduction', 'find_reference',
-           'compare_table', 'compare', 'reproduction_table', 'reproduction_plot', 'reproduction', 'run_as',
-           'spread_frame', 'measure_spread']
+           'nearest_reference', 'compare_table', 'compare', 'reproduction_table', 'reproduction_plot', 'reproduction',
+           'run_as', 'spread_frame', 'measure_spread']
 
 # %% ../../nbs/lab/21_reproduction.ipynb #913398e5
 import json, math, os, subprocess, sys, tempfile
@@ -208,7 +208,7 @@ def _speed_cells(ours, reference):
 class Reproduction:
     "A comparison with the reference."
     cells: list[Cell] # Of all tables
-    alone: list[int] # Tables that the reference does not have
+    alone: dict[int, str] # Tables that the reference does not have → the nearest that it has, in words
 
     @property
     def ok(self) -> bool: return bool(self.cells) and all(c.reproduced for c in self.cells)
@@ -222,12 +222,12 @@ class Reproduction:
         cells = [asdict(c) | dict(reproduced=c.reproduced) for c in self.cells]
         for cell in cells: # a value that is missing
             cell |= {k: None for k, v in cell.items() if isinstance(v, float) and math.isnan(v)}
-        return dict(reproduced=self.ok, cells=cells, without_reference=self.alone)
+        return dict(reproduced=self.ok, cells=cells, without_reference=list(self.alone))
 
     def __str__(self):
         tables = sorted({c.table for c in self.cells})
         lines = [line for table in tables for line in _table_lines(self.of_table(table))]
-        lines += [f'Table {table}: the reference has no such runs' for table in self.alone]
+        lines += [f'Table {n}: the reference has no such runs{nearest}' for n, nearest in self.alone.items()]
         counted = [c for c in self.cells if c.category != 'mean']
         if counted: lines.append(f'all: {_count(counted)} cells reproduced')
         return '\n'.join(lines)
@@ -274,6 +274,21 @@ def find_reference(
         if all(known.get(name) == entry[name] for name in _SAME): return file.parent
     return None
 
+def nearest_reference(
+    table: int, # Number in the paper
+    entry: dict, # The request of the table
+) -> str: # '; the nearest, NAME, has …'; empty if there is none
+    "The folder of the reference whose request differs least, and what differs."
+    found = []
+    for file in sorted(reference_folder().glob('*/asked.json')):
+        known = read_asked(file.parent).get(table)
+        if not known: continue
+        other = [f'{name}={known[name]!r} instead of {entry[name]!r}'
+                 for name in _SAME if known[name] != entry[name]]
+        found.append((len(other), f'; the nearest, {file.parent.name}, has {", ".join(other)}'))
+    count, words = min(found, default=(len(_SAME), ''))
+    return words if count < len(_SAME) else ''
+
 def _check_same(entry, known, runs, folder, table):
     "Refuse folders with different requests. Raises `ConfigError`."
     for name in _SAME:
@@ -317,7 +332,7 @@ def compare(
     reference: str | Path = '', # Another one; empty: the reference of this project
 ) -> Reproduction:
     "Compare a folder of results with the reference. Raises `ConfigError` if they cannot be compared."
-    asked, cells, alone = read_asked(runs), [], []
+    asked, cells, alone = read_asked(runs), [], {}
     if not asked:
         raise ConfigError(f'{runs}: holds no runs of a table; expected a folder of results, '
                           'such as results/runs/built-in-smoke')
@@ -326,7 +341,7 @@ def compare(
         folder = Path(reference) if reference else find_reference(table, entry)
         known = read_asked(folder).get(table) if folder else None
         if not known:
-            alone.append(table)
+            alone[table] = '' if reference else nearest_reference(table, entry)
             continue
         _check_same(entry, known, runs, folder, table)
         cells += _compare_asked(table, entry, ours, folder)

@@ -7,7 +7,7 @@ __all__ = ['FROM_GOOD', 'FROM_TESTS', 'contrast', 'colourfulness', 'regularity',
            'measure_surfaces', 'rank_correlations', 'right_signs', 'chance_limit', 'relations_table', 'relation_plot',
            'write_measures']
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #b09cf201
+# %% ../../nbs/lab/28_surface_measures.ipynb #75504902
 import math
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -21,6 +21,7 @@ from ..data.folders import prepare_masks
 from ..data.images import Images
 from ..data.seeds import seeded
 from ..fast.engines import FastExtractor
+from ..metrics import auroc
 from .parameters import as_list, default_categories, own_settings
 from .runs import identify
 from .tables import Markdown, markdown, write_files
@@ -83,7 +84,7 @@ def visibility(
     outside, spread = _mean_sd(grey, ring)
     return ((inside - outside).abs() / spread.clamp(min=1e-3))[whole].median().item()
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #0b939483
+# %% ../../nbs/lab/28_surface_measures.ipynb #cfad57dd
 FROM_GOOD = {
     'images': 'good images',
     'contrast': 'contrast',
@@ -94,7 +95,9 @@ FROM_GOOD = {
 FROM_TESTS = {
     'real area': 'area of real defects',
     'real visibility': 'visibility of real defects',
-    'ratio': 'visibility of real over synthetic defects'}
+    'ratio': 'visibility of real over synthetic defects',
+    'resemblance': 'AUROC along the direction of synthetic defects',
+    'untrained': 'AUROC of the untrained distance'}
 _WORDS = FROM_GOOD | FROM_TESTS
 
 def _spread(features):
@@ -110,22 +113,32 @@ def _real_defects(category, config):
     images = torch.cat(list(Images([category.test[i] for i in rows], config).batches(32)))
     return masks[rows].float().mean((1, 2)).median().item(), visibility(images, masks[rows])
 
+def _along(features, start, end):
+    "Mean features of images in the direction from one group of images to another, channels standardised."
+    groups = [f.mean((2, 3)) for f in (features, start, end)]
+    scale = torch.cat([g - g.mean(0) for g in groups[1:]]).std(0).clamp(min=1e-6)
+    tested, good, bad = (g / scale for g in groups)
+    return tested @ (bad.mean(0) - good.mean(0))
+
 def surface_measures(
     surface: Surface,
     config: Config, # Every setting
     seed: int = 0, # Seed of the synthetic defects
-) -> dict[str, float]: # Keys of `FROM_GOOD` and `FROM_TESTS`
+) -> dict[str, float]: # Keys of `FROM_GOOD` and `FROM_TESTS`, but for `untrained`
     "Measures of a surface."
-    cache, defects = surface.cache, surface.defects(config)
-    images = cache.images[:].cpu()
+    cache, labels = surface.cache, surface.category.labels
+    images, features = cache.images[:].cpu(), cache.features[-1][:].cpu()
     generators = [seeded(seed, 'visibility', i) for i in range(len(images))]
-    defective, masks, _ = defects(images, generators)
-    area, real = _real_defects(surface.category, config)
+    defective, masks, _ = surface.defects(config)(images, generators)
+    moved = torch.cat([surface.extractor(x)[-1].cpu() for x in defective.split(16)])
     synthetic = visibility(defective, masks[:, 0] > 0.5)
+    area, real = _real_defects(surface.category, config)
+    along = _along(surface.test[-1].cpu(), features, moved)
     return {
         'images': len(images), 'contrast': contrast(images), 'colour': colourfulness(images),
-        'regularity': regularity(images), 'spread': _spread(cache.features[-1][:]), 'visibility': synthetic,
-        'real area': area, 'real visibility': real, 'ratio': real / synthetic}
+        'regularity': regularity(images), 'spread': _spread(features), 'visibility': synthetic,
+        'real area': area, 'real visibility': real, 'ratio': real / synthetic,
+        'resemblance': float(auroc(labels, along.numpy()))}
 
 def measure_surfaces(
     data: str = '', # Empty: built-in data
@@ -184,13 +197,19 @@ def chance_limit(
     best = [np.abs(draw.permutation(order) @ z).max() for _ in range(shuffles)]
     return float(np.quantile(best, 0.95) / (len(z) * order.std()))
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #ffe35244
+# %% ../../nbs/lab/28_surface_measures.ipynb #6ca8aed0
+def _with_untrained(found, measures):
+    "The measures, and the AUROC of the untrained distance."
+    own = found[found.variation == UNTRAINED].groupby('category').auroc.mean()
+    return measures.assign(untrained=own)
+
 def relations_table(
     found: pd.DataFrame, # Of `run_curves`
     measures: pd.DataFrame, # Of `measure_surfaces`, for the same surfaces
 ) -> Markdown: # A sentence for fewer than four surfaces
     "Rank correlations and right signs; bold where the best measure is beyond chance."
     if len(measures) < 4: return Markdown('Correlations need four surfaces.')
+    measures = _with_untrained(found, measures)
     gains, limit = effects(found).drop(index=UNTRAINED), chance_limit(measures)
     ranks, lines = rank_correlations(found, measures), {}
     for name, gain in gains.iterrows():
@@ -211,7 +230,7 @@ def relation_plot(
     measure: str = 'visibility',
 ) -> plt.Figure:
     "Effect of each variation beside a measure; a point is a surface."
-    gains = effects(found).drop(index=UNTRAINED)
+    gains, measures = effects(found).drop(index=UNTRAINED), _with_untrained(found, measures)
     columns = min(4, len(gains))
     rows = -(-len(gains) // columns)
     fig, axes = plt.subplots(
