@@ -13,7 +13,7 @@
 # make model-selection  settings selected without test images and without the tested surface;
 #                DATA=… TEXTURES=… SEEDS=… EVIDENCE_SEEDS=… METHODS=… PROFILES=…
 # make training-curves  AUROC over the epochs of training, one thing changed at a time; DATA=… TEXTURES=… SEEDS=3 VARIATIONS='no decoder,…'
-#                EXTRACTOR=… WEIGHTS=… SETTINGS='{"resize": 224}' RESULTS=results/runs/whole-images
+#                EXTRACTOR=… WEIGHTS=… SETTINGS='{"resize": 224}' IMAGES=40 RESULTS=results/runs/whole-images
 # make spread    standard deviation of AUROC between machines and between seeds, for the comparison with the reference
 # make robustness  bad input, damaged files, properties, grids that are killed or run twice at once, threads and processes, with counts;
 #                report pages in a browser, and the demo page if gradio is installed (extra demo)
@@ -35,7 +35,7 @@ NAME = $(if $(DATA),$(notdir $(patsubst %/,%,$(DATA))),built-in)
 
 # a variable that a target does not take is refused: it would change nothing
 VARIABLES := PROFILE TABLES DATA TEXTURES MVTEC TILDA DTD EXTRACTOR WEIGHTS METHODS CATEGORIES SEEDS FORCE FRESH DEVICE SCHEDULER ROWS \
-  EVIDENCE_SEEDS PROFILES RUNS SETTINGS RESULTS VARIATIONS
+  EVIDENCE_SEEDS PROFILES RUNS SETTINGS RESULTS VARIATIONS IMAGES
 takes = $(foreach v,$(filter-out $(1),$(VARIABLES)),$(if $(findstring command,$(origin $(v))),$(error make $@ does not take $(v); \
   expected $(if $(strip $(1)),some of $(1),no variable))))
 COMMON := DATA TEXTURES MVTEC DTD CATEGORIES SEEDS DEVICE
@@ -104,11 +104,11 @@ model-selection: $(READY)
 	  $(call parameter,profiles,PROFILES) $(call parameter,evidence_seeds,EVIDENCE_SEEDS)
 
 training-curves: $(READY)
-	$(call takes,PROFILE VARIATIONS EXTRACTOR WEIGHTS SETTINGS RESULTS $(COMMON))
+	$(call takes,PROFILE VARIATIONS EXTRACTOR WEIGHTS SETTINGS RESULTS IMAGES $(COMMON))
 	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,$(or $(RESULTS),results/runs/$@-$(NAME)-$(PROFILE)$(addprefix -,$(EXTRACTOR)))) \
 	  $(call parameter,seeds,SEEDS) $(call parameter,device,DEVICE) $(call parameter,extractor,EXTRACTOR) \
 	  $(call parameter,weights,WEIGHTS) -p settings '$(or $(SETTINGS),$(if $(filter smoke,$(PROFILE)),{"epochs": 20},{}))' \
-	  -p categories '$(CATEGORIES)' -p profile '$(PROFILE)' -p variations '$(VARIATIONS)'
+	  -p categories '$(CATEGORIES)' -p profile '$(PROFILE)' -p variations '$(VARIATIONS)' $(call parameter,images,IMAGES)
 
 spread: $(READY)
 	$(call takes,)

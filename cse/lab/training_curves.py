@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VARIATIONS', 'UNTRAINED', 'EPOCHS', 'Variation', 'as_variations', 'OtherDefects', 'Surface', 'RememberedPairs',
-           'CurveCallback', 'training_curve', 'untrained_curve', 'run_curves', 'movement_plot', 'effects',
+           'CurveCallback', 'training_curve', 'untrained_curve', 'fewer', 'run_curves', 'movement_plot', 'effects',
            'effects_table', 'epochs_table', 'stopping_table', 'training_curves_plot', 'predictors', 'predictors_table',
            'write_curves']
 
 # %% ../../nbs/lab/25_training_curves.ipynb #fb306123
 import itertools, json, tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..config import Config, ConfigError, digest, from_profile
 from ..data.files import replacing
 from ..data.folders import Category
-from ..data.images import Images
+from ..data.images import DataError, Images
 from ..data.seeds import seeded
 from ..scoring import MemoryBank
 from ..training import Callback, make_decoder, make_embedder
@@ -38,7 +38,7 @@ from ..fast.pairs import CachedPairs
 from ..baselines.features import Distance
 from .comparison import mean_interval
 from .model_selection import KINDS, defects_of, evidence_defects
-from .parameters import as_list, as_seeds
+from .parameters import as_list, as_seeds, as_whole
 from .parameters import default_categories, own_settings
 from .runs import identify
 from .tables import Markdown, markdown, write_files
@@ -327,6 +327,19 @@ def _frame(curves):
         dict(zip(names, key)) | row
         for key, rows in curves.items() for row in rows])
 
+def fewer(
+    category: Category,
+    images: int, # Good images that are left; 0: all
+    seed: int = 0, # Seed of the run
+) -> Category:
+    "A category with some of its good images, drawn by the seed. Raises `DataError` if it has not as many."
+    if not images: return category
+    count, folder = len(category.train), category.root/category.name
+    if images > count:
+        raise DataError(f'{folder}: has {count} good images; expected at least images={images}')
+    order = torch.randperm(count, generator=seeded(seed, 'fewer'))
+    return replace(category, train=[category.train[i] for i in sorted(order[:images].tolist())])
+
 def run_curves(
     data: str = '', # Empty: built-in data
     textures: str = '', # Empty: built-in
@@ -339,6 +352,7 @@ def run_curves(
     device: str = 'auto', # auto, cpu, cuda
     extractor: str = '', # Empty: that of the profile
     weights: str = '', # Empty: those of the profile
+    images: int | str = 0, # Good images of each surface, drawn by the seed; 0: all
 ) -> pd.DataFrame: # variation, category, seed, and what `training_curve` measures
     """Training curves of all variations, and the untrained distance.
 
@@ -349,15 +363,18 @@ def run_curves(
     names = as_list(categories, 'categories')
     names = names or default_categories(data, 1, config)
     folder = results or tempfile.mkdtemp(prefix='cse-results-')
+    few = as_whole(images, 'images')
     extractor, curves = FastExtractor.from_config(config), {}
     groups = list(itertools.product(as_seeds(seeds), names))
-    for seed, category in tqdm(groups, unit='surface', leave=False, disable=None):
-        known = identify(config, data, category, 'cse', seed, textures or None)
-        opened = cache(partial(Surface, known.category, extractor, config, textures))
-        memory = {}
+    known = [identify(config, data, name, 'cse', seed, textures or None) for seed, name in groups]
+    some = [fewer(k.category, few, seed) for k, (seed, _) in zip(known, groups)] # refused before training
+    bar = tqdm(zip(groups, known, some), total=len(groups), unit='surface', leave=False, disable=None)
+    for (seed, category), identity, images in bar:
+        opened = cache(partial(Surface, images, extractor, config, textures))
+        key, memory = [identity.key, *[few] * bool(few)], {}
         for name in wanted:
             make = partial(_curve, name, opened, config, seed, memory)
-            curves[name, category, seed] = _kept(folder, [name, known.key], make)
+            curves[name, category, seed] = _kept(folder, [name, *key], make)
     return _frame(curves)
 
 # %% ../../nbs/lab/25_training_curves.ipynb #a957b9c2
