@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VARIATIONS', 'UNTRAINED', 'EPOCHS', 'Variation', 'as_variations', 'OtherDefects', 'Surface', 'RememberedPairs',
            'CurveCallback', 'training_curve', 'untrained_curve', 'fewer', 'run_curves', 'movement_plot', 'effects',
-           'effects_table', 'epochs_table', 'stopping_table', 'training_curves_plot', 'predictors', 'predictors_table',
-           'write_curves']
+           'effects_table', 'worse_table', 'epochs_table', 'stopping_table', 'training_curves_plot', 'predictors',
+           'predictors_table', 'write_curves']
 
 # %% ../../nbs/lab/25_training_curves.ipynb #fb306123
 import itertools, json, tempfile
@@ -473,6 +473,30 @@ def effects_table(
     cells.loc[against] = own.map('{:.1f}'.format)
     return markdown(cells.rename_axis('what is changed'))
 
+# %% ../../nbs/lab/25_training_curves.ipynb #a152b981
+def _one_sided(values):
+    "Probability of a mean as low as this, or lower, if the true one is 0."
+    from scipy.stats import ttest_1samp
+    values = np.asarray(values)
+    if not values.std(): return 0.5 - 0.5 * float(np.sign(-values[0]))
+    return float(ttest_1samp(values, 0, alternative='less').pvalue)
+
+def worse_table(
+    found: pd.DataFrame, # Of `run_curves`, with several seeds
+    against: str = UNTRAINED, # A variation
+    level: float = 0.05, # Of the test, on one surface
+) -> Markdown: # A table in Markdown
+    "Surfaces where a variation is worse, or better, than another one: one-sided t tests over seeds."
+    if found.seed.nunique() < 2: return Markdown('The tests need two seeds.')
+    wide = found[found.kept].pivot_table(
+        index='variation', columns=['category', 'seed'], values='auroc', sort=False)
+    gain, lines = (wide - wide.loc[against]).drop(index=against), {}
+    for name, row in gain.iterrows():
+        chance = row.groupby('category', sort=False).apply(_one_sided)
+        worse, better = chance.index[chance < level], chance.index[chance > 1 - level]
+        lines[name] = {'worse on': ', '.join(worse) or '–', 'better on': ', '.join(better) or '–'}
+    return markdown(pd.DataFrame(lines).T.rename_axis('what is changed'))
+
 # %% ../../nbs/lab/25_training_curves.ipynb #25f0a012
 def epochs_table(
     found: pd.DataFrame, # Of `run_curves`
@@ -588,9 +612,11 @@ def write_curves(
     "The tables as Markdown and CSV."
     text = (f'**Effect of training**, points of image AUROC against the untrained distance. '
             f'Seeds: {found.seed.nunique()}.\n\n{effects_table(found)}\n\n'
+            f'**Worse and better than the untrained distance**, one-sided t tests over seeds, 95 %.\n\n'
+            f'{worse_table(found)}\n\n'
             f'**Against the paper**, points of image AUROC.\n\n'
             f'{effects_table(found, "as in the paper")}\n\n'
             f'**Epoch by epoch**, as in the paper.\n\n{epochs_table(found)}\n\n'
             f'**Stopped by effective dimensions.**\n\n{stopping_table(found)}\n\n'
-            f'**What foretells it.**\n\n{predictors_table(found)}\n')
+            f'**What predicts it.**\n\n{predictors_table(found)}\n')
     write_files(Path(results)/'tables'/'training-curves', text, found.round(4))
