@@ -105,7 +105,7 @@ model-selection: $(READY)
 
 training-curves: $(READY)
 	$(call takes,PROFILE VARIATIONS EXTRACTOR WEIGHTS SETTINGS RESULTS IMAGES $(COMMON))
-	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,$(or $(RESULTS),results/runs/$@-$(NAME)-$(PROFILE)$(addprefix -,$(EXTRACTOR)))) \
+	$(call papermill,nbs/tables/$(subst -,_,$@).ipynb,$(or $(RESULTS),results/runs/$@-$(NAME)-$(PROFILE)$(addprefix -,$(EXTRACTOR))$(addprefix -images,$(IMAGES)))) \
 	  $(call parameter,seeds,SEEDS) $(call parameter,device,DEVICE) $(call parameter,extractor,EXTRACTOR) \
 	  $(call parameter,weights,WEIGHTS) -p settings '$(or $(SETTINGS),$(if $(filter smoke,$(PROFILE)),{"epochs": 20},{}))' \
 	  -p categories '$(CATEGORIES)' -p profile '$(PROFILE)' -p variations '$(VARIATIONS)' $(call parameter,images,IMAGES)

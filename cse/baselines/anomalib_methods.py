@@ -147,7 +147,7 @@ class FastFlow(Baseline):
         lr=1e-3,
         weight_decay=1e-5,
     )
-    smoke = dict(epochs=10)
+    short = dict(epochs=10)
     published = dict(resize=256, crop=256, layers=(1, 2, 3))
     parameters = dict(flow_steps=8, conv3x3_only=False, hidden_ratio=1.0)
 

@@ -112,11 +112,9 @@ def _original_extractor(config, original):
     return dict(extractor=original, weights=weights)
 
 # %% ../../nbs/baselines/01_features.ipynb #f00617d9
-_SHORT = 'smoke', 'repaired', 'inspection' # profiles for a CPU
-
 class PublishedMethod(FeatureDetector):
     "A published method with settings and parameters of its own."
-    smoke = {} # further settings in the profiles for a CPU
+    short = {} # further settings, but in the profiles paper and official
     published = {} # further settings in the original form
     parameters = {} # parameters that are not settings of `Config`
 
@@ -145,7 +143,7 @@ class PublishedMethod(FeatureDetector):
         "Replace the settings that are still those of the profile by the method's own."
         profile = Config(**PROFILES.get(config.profile, {}))
         own = dict(cls.settings)
-        if config.profile in _SHORT: own |= cls.smoke
+        if config.profile not in ('paper', 'official'): own |= cls.short
         if original: own |= cls.published
         unchanged = [k for k in own if getattr(config, k) == getattr(profile, k)]
         own = {k: own[k] for k in unchanged}

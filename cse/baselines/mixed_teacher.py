@@ -306,7 +306,7 @@ class MixedTeacher(PublishedMethod):
         embedder_batchnorm='frozen',
         checkpoint='last',
     )
-    smoke = dict(epochs=4)
+    short = dict(epochs=4)
     published = dict(resize=256, crop=256, layers=(3, 4))
 
     def __init__(self,

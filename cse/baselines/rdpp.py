@@ -253,7 +253,7 @@ class RDpp(ReverseDistillation):
     "Reverse Distillation with learned projections (Tien et al. 2023)."
     packages = ('geomloss', 'anomalib')
     settings = ReverseDistillation.settings | dict(epochs=100)
-    smoke = dict(epochs=6)
+    short = dict(epochs=6)
     parameters = dict(
         projection_lr_factor=0.2,
         betas=[0.5, 0.999],

@@ -150,7 +150,7 @@ class ReverseDistillation(Baseline):
         lr=5e-3,
         weight_decay=0.0,
     )
-    smoke = dict(epochs=10)
+    short = dict(epochs=10)
     published = dict(resize=256, crop=256, layers=(1, 2, 3))
     optimizer = dict(betas=(0.5, 0.999))
 

@@ -99,7 +99,8 @@ def identity(
     if extractor['weights'] == 'file':
         config = config.replace(weights=extractor['sha256'])
     return run_key(record['method'], config, record['data'], record['textures'],
-                   record['category'], record['seed'], record['environment'])
+                   record['category'], record['seed'], record['environment'],
+                   record.get('trained_as', ''))
 
 def _check_name(record, stem):
     "Does the record belong in this file? In a packed file, only the key is compared."

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..config import Config, ConfigError, differences, from_profile
+from ..config import PROFILES, Config, ConfigError, differences, from_profile
 from .runs import NO_TEXTURES
 from ..baselines.registry import BASELINES, baseline_config
 from ..extensions.hybrid import HybridConfig
@@ -84,17 +84,20 @@ def _printed_names():
         names |= {key: name for name, key in paper.columns.items()}
     return names
 
+def _printed(key, paper):
+    "The column of a key, as printed."
+    own = {key: name for name, key in paper.columns.items()}
+    names = _printed_names() | own
+    method, _, form = key.partition('/')
+    if key in names: return names[key]
+    return f'{names.get(method, method)}{", trained as" if form in PROFILES else ""} {form}'.strip()
+
 def column_name(
     record: dict, # Record of a run
     paper: Published, # The table
 ) -> str: # As printed, where the paper has this column
     "The column of a record; a method with several forms also names the form."
-    key = _column_key(record, paper)
-    method, _, value = key.partition('/')
-    names = _printed_names()
-    fallback = names.get(key) or f'{names.get(method, method)} {value}'.strip()
-    printed = [name for name, k in paper.columns.items() if k == key]
-    name = printed[0] if printed else fallback
+    name = _printed(_column_key(record, paper), paper)
     return f'{name}, {record["form"]}' if record.get('form') else name
 
 # %% ../../nbs/lab/09_comparison.ipynb #e1dd7b9e
@@ -335,12 +338,7 @@ def asked_columns(
     table: int, # Number of the table
 ) -> list[str]: # As printed
     "The columns that methods fill, whether or not they have been run."
-    keys = {key: name for name, key in published_table(table).columns.items()}
-    names = _printed_names() | keys
-    def name(method):
-        base, _, form = method.partition('/')
-        return names.get(method) or f'{names.get(base, base)} {form}'.strip()
-    return [name(method) for method in methods]
+    return [_printed(method, published_table(table)) for method in methods]
 
 def _summary(values):
     "ours, sd, seeds, low, high of the values of a cell."

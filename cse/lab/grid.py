@@ -262,12 +262,15 @@ def _collect(outcomes, titles, progress):
 # %% ../../nbs/lab/06_grid.ipynb #1202ce7a
 def _check_methods(methods, config):
     "Refuse a method that is listed twice, also under two names. Raises `ConfigError`."
-    variants = [variant(name, config) for name in methods]
-    different = {digest([method, own.to_dict()]) for method, own in variants}
-    if len(different) < len(methods):
-        raise ConfigError(
-            f'methods={", ".join(methods)}: expected each once '
-            f'(cse is cse/{config.decoder})')
+    known = {}
+    for name in methods:
+        method, own = variant(name, config)
+        key = digest([method, own.to_dict()])
+        if key in known:
+            raise ConfigError(
+                f'methods={", ".join(methods)}: expected each once '
+                f'({name} has the settings of {known[key]})')
+        known[key] = name
 
 def check_grid(
     config: Config, # Every setting

@@ -254,14 +254,14 @@ def _newest(records):
     return [r for r in records if _computed_by(r) == latest]
 
 def _fingerprint(record):
-    "Method of a record, and fingerprint of its settings."
-    return record['method'], fingerprint(record_config(record))
+    "Method and training of a record, and fingerprint of its settings."
+    return record['method'], record.get('trained_as', ''), fingerprint(record_config(record))
 
 def _column(name, base):
-    "Method of a column, and fingerprint of its settings."
+    "Method and training of a column, and fingerprint of its settings."
     if name in BASELINES: method, config = name, baseline_config(name, base)
     else: method, config = variant(name, base)
-    return method, fingerprint(method_config(method, config))
+    return method, training_profile(name), fingerprint(method_config(method, config))
 
 def _wanted(entry, table):
     "Method and fingerprint of each column that a table can have."
@@ -304,7 +304,7 @@ def table_records(
 
 # %% ../../nbs/lab/07_parameters.ipynb #08515029
 def _check_columns(chosen, table, settings):
-    "Refuse decoder modes outside Table 5 or beside a decoder setting, trainings in it. Raises `ConfigError`."
+    "Refuse trainings in Table 5, and decoder modes elsewhere or with a setting of it. Raises `ConfigError`."
     forms = [name for name in chosen if '/' in name and name not in METHODS]
     trainings = ', '.join(filter(training_profile, forms))
     if trainings and table == 5:

@@ -19,11 +19,11 @@ from .comparison import comparison
 from .grid import GridError, gpus_of, known_paces, work
 from .latency import plan_speed, run_speed, timing_key
 from .timed_methods import process_of
-from .parameters import join_asked, plan_table, read_asked, run_table, table_records
+from .parameters import as_list, join_asked, plan_table, read_asked, run_table, table_records
 from .published import PUBLISHED
 from .records import is_timing, load_records, reference_folder
 from .reproduction import compare
-from .runs import check_results, identify
+from .runs import check_results, identify, training_profile
 from .scheduling import as_scheduler, reserved
 from .tables import caption, facts, publish
 
@@ -39,6 +39,10 @@ def check_numbers(
         raise ConfigError(f'table {number}: expected one of {known}')
     return wanted
 
+def _without_trainings(methods):
+    "The names of methods without columns such as cse/paper, which Table 5 does not have."
+    return ','.join(name for name in as_list(methods or '', 'methods') if not training_profile(name))
+
 def options_of(
     number: int, # Number of the table
     options: dict, # Parameters of `run_table`, and `tilda`, the data of Table 2
@@ -50,6 +54,7 @@ def options_of(
     if number == 2: given['data'] = tilda
     aside = {2: ['categories'], 3: ['extractor', 'weights', 'methods']}
     for name in () if alone else aside.get(number, ()): given[name] = ''
+    if number == 5 and not alone: given['methods'] = _without_trainings(given.get('methods'))
     own = {3: '', 4: 'classifier,cse', 5: 'all'}.get(number, 'cse')
     given['methods'] = given.get('methods') or own
     return given

@@ -10,7 +10,7 @@ __all__ = ['MACHINES', 'Spread', 'measured_spread', 'pooled_sd', 'Cell', 'band',
 # %% ../../nbs/lab/21_reproduction.ipynb #913398e5
 import json, math, os, subprocess, sys, tempfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -209,6 +209,7 @@ class Reproduction:
     "A comparison with the reference."
     cells: list[Cell] # Of all tables
     alone: dict[int, str] # Tables that the reference does not have → the nearest that it has, in words
+    lacking: list[str] = field(default_factory=list) # Columns that the reference does not have
 
     @property
     def ok(self) -> bool: return bool(self.cells) and all(c.reproduced for c in self.cells)
@@ -228,6 +229,7 @@ class Reproduction:
         tables = sorted({c.table for c in self.cells})
         lines = [line for table in tables for line in _table_lines(self.of_table(table))]
         lines += [f'Table {n}: the reference has no such runs{nearest}' for n, nearest in self.alone.items()]
+        lines += self.lacking
         counted = [c for c in self.cells if c.category != 'mean']
         if counted: lines.append(f'all: {_count(counted)} cells reproduced')
         return '\n'.join(lines)
@@ -277,8 +279,8 @@ def find_reference(
 def nearest_reference(
     table: int, # Number in the paper
     entry: dict, # The request of the table
-) -> str: # '; the nearest, NAME, has …'; empty if there is none
-    "The folder of the reference whose request differs least, and what differs."
+) -> str: # '; the nearest, NAME, has …'; empty if all differ more
+    "A folder of the reference whose request differs in one thing, and what that is."
     found = []
     for file in sorted(reference_folder().glob('*/asked.json')):
         known = read_asked(file.parent).get(table)
@@ -286,8 +288,8 @@ def nearest_reference(
         other = [f'{name}={known[name]!r} instead of {entry[name]!r}'
                  for name in _SAME if known[name] != entry[name]]
         found.append((len(other), f'; the nearest, {file.parent.name}, has {", ".join(other)}'))
-    count, words = min(found, default=(len(_SAME), ''))
-    return words if count < len(_SAME) else ''
+    count, words = min(found, default=(0, ''))
+    return words if count == 1 else ''
 
 def _check_same(entry, known, runs, folder, table):
     "Refuse folders with different requests. Raises `ConfigError`."
@@ -332,7 +334,7 @@ def compare(
     reference: str | Path = '', # Another one; empty: the reference of this project
 ) -> Reproduction:
     "Compare a folder of results with the reference. Raises `ConfigError` if they cannot be compared."
-    asked, cells, alone = read_asked(runs), [], {}
+    asked, found = read_asked(runs), Reproduction([], {})
     if not asked:
         raise ConfigError(f'{runs}: holds no runs of a table; expected a folder of results, '
                           'such as results/runs/built-in-smoke')
@@ -341,13 +343,16 @@ def compare(
         folder = Path(reference) if reference else find_reference(table, entry)
         known = read_asked(folder).get(table) if folder else None
         if not known:
-            alone[table] = '' if reference else nearest_reference(table, entry)
+            found.alone[table] = '' if reference else nearest_reference(table, entry)
             continue
         _check_same(entry, known, runs, folder, table)
-        cells += _compare_asked(table, entry, ours, folder)
-    if reference and not cells:
+        found.cells += _compare_asked(table, entry, ours, folder)
+        own, theirs = (asked_columns(e['methods'], table) for e in (entry, known))
+        if lacking := ', '.join(name for name in own if name not in theirs):
+            found.lacking.append(f'Table {table}: the reference does not have {lacking}')
+    if reference and not found.cells:
         raise ConfigError(f'{reference}: has none of the tables of {runs}; expected a folder of results')
-    return Reproduction(cells, alone)
+    return found
 
 # %% ../../nbs/lab/21_reproduction.ipynb #9032c2bd
 def _verdict(cell):

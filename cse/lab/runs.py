@@ -53,14 +53,14 @@ def make_method(
     return METHODS[name](config, textures, seed)
 
 # %% ../../nbs/lab/05_runs.ipynb #834acdb5
-_INPUT = 'resize', 'crop', 'resize_mode', 'extractor', 'weights', 'layers'
+_INPUT = 'resize', 'crop', 'resize_mode', 'extractor', 'weights', 'layers' # stay those of the run
 _DECODERS = Config.__dataclass_fields__['decoder'].metadata['choices']
 
 def trained_as(
     profile: str, # One of `PROFILES`
     config: Config, # Settings of the run
-) -> Config: # Settings that the run has changed stay
-    "The settings of a run with the training of another profile, on the same images and extractor."
+) -> Config: # Settings that differ from the profile of the run stay
+    "The settings of another profile, on the images and with the extractor of the run."
     usual, other = from_profile(config.profile), from_profile(profile)
     return config.replace(**{
         name: theirs for name, (ours, theirs) in differences(usual, other).items()
@@ -178,7 +178,7 @@ def identify(
     about = _about_data(found, name)
     pasted = _about_textures(textures, method)
     computed = computed or method_environment(method, config)
-    key = run_key(method, config, about, pasted, category, seed, computed)
+    key = run_key(method, config, about, pasted, category, seed, computed, training)
     return Identity(method, training, config, found, about, pasted, computed, key)
 
 # %% ../../nbs/lab/05_runs.ipynb #09e3d885

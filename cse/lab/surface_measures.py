@@ -7,7 +7,7 @@ __all__ = ['FROM_GOOD', 'FROM_TESTS', 'contrast', 'colourfulness', 'regularity',
            'measure_surfaces', 'rank_correlations', 'right_signs', 'chance_limit', 'relations_table', 'relation_plot',
            'write_measures']
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #75504902
+# %% ../../nbs/lab/28_surface_measures.ipynb #7bdbc8e1
 import math
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -17,34 +17,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..config import Config, from_profile
-from ..data.folders import prepare_masks
+from ..data.folders import load_category, prepare_masks
 from ..data.images import Images
 from ..data.seeds import seeded
 from ..fast.engines import FastExtractor
 from ..metrics import auroc
-from .parameters import as_list, default_categories, own_settings
-from .runs import identify
+from .parameters import as_list, as_whole
+from .parameters import default_categories, own_settings
+from .runs import resolve_data
 from .tables import Markdown, markdown, write_files
-from .training_curves import UNTRAINED, Surface, effects
+from .training_curves import UNTRAINED, Surface, effects, fewer
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #b651dc4a
+# %% ../../nbs/lab/28_surface_measures.ipynb #dc1d35f8
 def contrast(
     images: Tensor, # N×3×S×S, 0 to 1
-) -> float: # 0 to 0.5
-    "Standard deviation of grey within an image, mean over images."
-    return images.mean(1).std((1, 2)).mean().item()
+) -> Tensor: # N, 0 to 0.5
+    "Standard deviation of grey within an image."
+    return images.mean(1).std((1, 2))
 
 def colourfulness(
     images: Tensor, # N×3×S×S, 0 to 1
-) -> float: # 0 for grey images
-    "Colourfulness of Hasler and Süsstrunk (2003), mean over images."
+) -> Tensor: # N, 0 for grey images
+    "Colourfulness of Hasler and Süsstrunk (2003)."
     red, green, blue = images.unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue], 1)
     spread = opponents.var((2, 3)).sum(1).sqrt()
     offset = opponents.mean((2, 3)).square().sum(1).sqrt()
-    return (spread + 0.3 * offset).mean().item()
+    return spread + 0.3 * offset
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #4bada51c
+# %% ../../nbs/lab/28_surface_measures.ipynb #8f87f717
 def _local_peaks(values, side=9):
     "Where N×S×S values are the largest around."
     return F.max_pool2d(values[:, None], side, 1, side // 2)[:, 0] == values
@@ -52,39 +53,32 @@ def _local_peaks(values, side=9):
 def regularity(
     images: Tensor, # N×3×S×S, 0 to 1
     nearest: int = 8, # Shortest shift that counts, pixels
-) -> float: # At most 1
-    "Highest peak of the autocorrelation of grey away from its centre, mean over images."
+) -> Tensor: # N, at most 1
+    "Highest peak of the autocorrelation of grey away from its centre."
     grey = images.mean(1)
     spectrum = torch.fft.rfft2(grey - grey.mean((1, 2), keepdim=True))
     found = torch.fft.irfft2(spectrum.abs().square(), s=grey.shape[1:])
     found = torch.fft.fftshift(found / found[:, :1, :1].clamp(min=1e-12), dim=(1, 2))
     steps = torch.arange(found.shape[1], device=found.device) - found.shape[1] // 2
     far = steps[:, None] ** 2 + steps ** 2 > nearest ** 2
-    return found.where(_local_peaks(found) & far, 0).flatten(1).amax(1).mean().item()
+    return found.where(_local_peaks(found) & far, 0).flatten(1).amax(1)
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #42e982ac
-def _mean_sd(grey, where):
-    "Mean and standard deviation of N×S×S grey values at some positions."
-    count = where.sum((1, 2)).clamp(min=1)
-    mean = (grey * where).sum((1, 2)) / count
-    squares = ((grey - mean[:, None, None]).square() * where).sum((1, 2)) / count
-    return mean, squares.sqrt()
-
+# %% ../../nbs/lab/28_surface_measures.ipynb #d97370fe
 def visibility(
     images: Tensor, # N×3×S×S, 0 to 1
     masks: Tensor, # N×S×S bool, where the defects are
     around: int = 15, # Width of the surroundings, pixels
-) -> float: # Standard deviations; NaN without a defect
-    "Grey difference of a defect to its surroundings, in their standard deviations; median over images."
+) -> Tensor: # N, in standard deviations; NaN without a defect
+    "Difference in grey between a defect and its surroundings, over the standard deviation of these."
     near = F.max_pool2d(masks[:, None].float(), 2 * around + 1, 1, around)[:, 0] > 0
-    ring, grey = near & ~masks, images.mean(1)
-    whole = masks.flatten(1).any(1) & ring.flatten(1).any(1)
-    if not whole.any(): return math.nan
-    inside, _ = _mean_sd(grey, masks)
-    outside, spread = _mean_sd(grey, ring)
-    return ((inside - outside).abs() / spread.clamp(min=1e-3))[whole].median().item()
+    grey = images.mean(1)
+    def mean(values, where): return (values * where).sum((1, 2)) / where.sum((1, 2))
+    outside = mean(grey, near & ~masks)
+    squares = (grey - outside[:, None, None]).square()
+    spread = mean(squares, near & ~masks).sqrt().clamp(min=1e-3)
+    return (mean(grey, masks) - outside).abs() / spread
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #cfad57dd
+# %% ../../nbs/lab/28_surface_measures.ipynb #815d819c
 FROM_GOOD = {
     'images': 'good images',
     'contrast': 'contrast',
@@ -96,49 +90,54 @@ FROM_TESTS = {
     'real area': 'area of real defects',
     'real visibility': 'visibility of real defects',
     'ratio': 'visibility of real over synthetic defects',
-    'resemblance': 'AUROC along the direction of synthetic defects',
-    'untrained': 'AUROC of the untrained distance'}
+    'resemblance': 'AUROC along the direction of synthetic defects'}
 _WORDS = FROM_GOOD | FROM_TESTS
 
 def _spread(features):
     "Mean squared distance of raw features to their mean at the position, over their mean square."
-    return ((features - features.mean(0)).square().sum(1).mean() / features.square().sum(1).mean()).item()
+    parts, centre = torch.arange(len(features)).split(32), features.mean(0)
+    within = sum((features[rows] - centre).square().sum() for rows in parts)
+    return (within / sum(features[rows].square().sum() for rows in parts)).item()
 
 def _real_defects(category, config):
-    "Median share of the image and visibility of real defects; NaN without masks."
+    "Median share of the image and median visibility of real defects; NaN without masks."
     if not category.masks: return math.nan, math.nan
     masks = torch.as_tensor(prepare_masks(category, config)[0])
     rows = masks.flatten(1).any(1).nonzero()[:, 0]
     if not len(rows): return math.nan, math.nan
-    images = torch.cat(list(Images([category.test[i] for i in rows], config).batches(32)))
-    return masks[rows].float().mean((1, 2)).median().item(), visibility(images, masks[rows])
+    batches = Images([category.test[i] for i in rows], config).batches(32)
+    found = [visibility(images, m) for images, m in zip(batches, masks[rows].split(32))]
+    return masks[rows].float().mean((1, 2)).median().item(), torch.cat(found).nanmedian().item()
 
 def _along(features, start, end):
-    "Mean features of images in the direction from one group of images to another, channels standardised."
-    groups = [f.mean((2, 3)) for f in (features, start, end)]
-    scale = torch.cat([g - g.mean(0) for g in groups[1:]]).std(0).clamp(min=1e-6)
-    tested, good, bad = (g / scale for g in groups)
-    return tested @ (bad.mean(0) - good.mean(0))
+    "Mean features of images, in the direction from one group of images to another; channels standardised."
+    scale = torch.cat([g - g.mean(0) for g in (start, end)]).std(0).clamp(min=1e-6)
+    return (features / scale) @ ((end.mean(0) - start.mean(0)) / scale)
 
 def surface_measures(
     surface: Surface,
     config: Config, # Every setting
     seed: int = 0, # Seed of the synthetic defects
-) -> dict[str, float]: # Keys of `FROM_GOOD` and `FROM_TESTS`, but for `untrained`
+) -> dict[str, float]: # Keys of `FROM_GOOD` and `FROM_TESTS`
     "Measures of a surface."
-    cache, labels = surface.cache, surface.category.labels
-    images, features = cache.images[:].cpu(), cache.features[-1][:].cpu()
-    generators = [seeded(seed, 'visibility', i) for i in range(len(images))]
-    defective, masks, _ = surface.defects(config)(images, generators)
-    moved = torch.cat([surface.extractor(x)[-1].cpu() for x in defective.split(16)])
-    synthetic = visibility(defective, masks[:, 0] > 0.5)
+    cache, defects = surface.cache, surface.defects(config)
+    of_images, synthetic, moved = [], [], []
+    for rows in torch.arange(len(cache)).split(32):
+        images = cache.images[rows].cpu()
+        of_images.append(torch.stack([f(images) for f in (contrast, colourfulness, regularity)]))
+        defective, masks, _ = defects(images, [seeded(seed, 'visibility', int(i)) for i in rows])
+        synthetic.append(visibility(defective, masks[:, 0] > 0.5))
+        moved.append(surface.extractor(defective)[-1].mean((2, 3)).cpu())
+    means = torch.cat(of_images, 1).mean(1).tolist()
+    visible = torch.cat(synthetic).nanmedian().item()
     area, real = _real_defects(surface.category, config)
-    along = _along(surface.test[-1].cpu(), features, moved)
+    pooled = [f[-1].mean((2, 3)).cpu() for f in (surface.test, cache.features)]
+    along = _along(*pooled, torch.cat(moved))
     return {
-        'images': len(images), 'contrast': contrast(images), 'colour': colourfulness(images),
-        'regularity': regularity(images), 'spread': _spread(features), 'visibility': synthetic,
-        'real area': area, 'real visibility': real, 'ratio': real / synthetic,
-        'resemblance': float(auroc(labels, along.numpy()))}
+        'images': len(cache), **dict(zip(('contrast', 'colour', 'regularity'), means)),
+        'spread': _spread(cache.features[-1]), 'visibility': visible,
+        'real area': area, 'real visibility': real, 'ratio': real / visible,
+        'resemblance': float(auroc(surface.category.labels, along.numpy()))}
 
 def measure_surfaces(
     data: str = '', # Empty: built-in data
@@ -149,23 +148,24 @@ def measure_surfaces(
     device: str = 'auto', # auto, cpu, cuda
     extractor: str = '', # Empty: that of the profile
     weights: str = '', # Empty: those of the profile
+    images: int | str = 0, # Good images of each surface, drawn by seed 0; 0: all
 ) -> pd.DataFrame: # category × measure
     "The measures of some surfaces. The parameters are those of `run_curves`."
     config = from_profile(profile, device=device, **own_settings(extractor, weights, settings))
     names = as_list(categories, 'categories') or default_categories(data, 1, config)
+    root, _ = resolve_data(data, names)
     frozen, rows = FastExtractor.from_config(config), {}
     for name in names:
-        category = identify(config, data, name).category
+        category = fewer(load_category(root, name, config), as_whole(images, 'images'))
         rows[name] = surface_measures(Surface(category, frozen, config, textures), config)
     return pd.DataFrame(rows).T.rename_axis('category')
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #b3d9bf8d
+# %% ../../nbs/lab/28_surface_measures.ipynb #634a8aa5
 def rank_correlations(
-    found: pd.DataFrame, # Of `run_curves`
-    measures: pd.DataFrame, # Of `measure_surfaces`, for the same surfaces
+    gains: pd.DataFrame, # variation × category, of `effects`
+    measures: pd.DataFrame, # category × measure
 ) -> pd.DataFrame: # variation × measure, NaN where a measure is constant
     "Spearman's rank correlation of each measure with the effect of each variation."
-    gains = effects(found).drop(index=UNTRAINED)
     varied = measures.loc[:, measures.nunique() > 1].astype(float)
     return pd.DataFrame({
         name: varied.corrwith(gain, method='spearman')
@@ -175,54 +175,58 @@ def right_signs(
     measure: pd.Series, # A number for each surface
     effect: pd.Series, # Of a variation, on the same surfaces
 ) -> int:
-    "On how many surfaces a straight line through all others gives the sign of the effect."
-    pairs = pd.DataFrame(dict(x=measure, y=effect)).dropna().astype(float)
+    "On how many surfaces a line through the others, over the ranks of the measure, gives the right sign."
+    pairs = pd.DataFrame(dict(x=measure.rank(), y=effect)).dropna()
     right = 0
     for surface in pairs.index:
         others = pairs.drop(index=surface)
-        slope, start = np.polyfit(others.x, others.y, 1)
+        varies = others.x.nunique() > 1
+        slope, start = np.polyfit(others.x, others.y, 1) if varies else (0, others.y.mean())
         right += np.sign(start + slope * pairs.x[surface]) == np.sign(pairs.y[surface])
     return int(right)
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #7352debc
+# %% ../../nbs/lab/28_surface_measures.ipynb #51e2dc66
+def _ranked(frame):
+    "Ranks in each column, as units of length 1; without columns that are constant or have gaps."
+    ranks = frame.loc[:, frame.notna().all() & (frame.nunique() > 1)].rank()
+    ranks = (ranks - ranks.mean()).to_numpy()
+    return ranks / np.linalg.norm(ranks, axis=0)
+
 def chance_limit(
+    gains: pd.DataFrame, # variation × category, of `effects`
     measures: pd.DataFrame, # category × measure
     shuffles: int = 5000,
 ) -> float: # 0 to 1
-    "The rank correlation that the best of all measures has in 5 % of random orders of the surfaces."
-    ranks = measures.loc[:, measures.notna().all() & (measures.nunique() > 1)].rank()
-    z = ((ranks - ranks.mean()) / ranks.std(ddof=0)).to_numpy()
-    order = np.arange(len(z)) - (len(z) - 1) / 2
+    "The largest rank correlation in a table that 95 % of random orders of the surfaces do not exceed."
+    effect, measure = _ranked(gains.T), _ranked(measures.loc[gains.columns])
     draw = np.random.default_rng(0)
-    best = [np.abs(draw.permutation(order) @ z).max() for _ in range(shuffles)]
-    return float(np.quantile(best, 0.95) / (len(z) * order.std()))
+    largest = [np.abs(draw.permutation(effect).T @ measure).max() for _ in range(shuffles)]
+    return float(np.quantile(largest, 0.95))
 
-# %% ../../nbs/lab/28_surface_measures.ipynb #6ca8aed0
-def _with_untrained(found, measures):
-    "The measures, and the AUROC of the untrained distance."
-    own = found[found.variation == UNTRAINED].groupby('category').auroc.mean()
-    return measures.assign(untrained=own)
+# %% ../../nbs/lab/28_surface_measures.ipynb #4e9a597f
+def _cell(measure, gain, rank, limit):
+    "Rank correlation and right signs of a measure; bold beyond the limit."
+    known = (measure.notna() & gain.notna()).sum()
+    if np.isnan(rank) or known < 4: return '–'
+    text = f'{rank:+.2f}, {right_signs(measure, gain)}'
+    if known < len(gain): return f'{text} of {known}'
+    return f'**{text}**' if abs(rank) > limit + 1e-9 else text
 
 def relations_table(
     found: pd.DataFrame, # Of `run_curves`
     measures: pd.DataFrame, # Of `measure_surfaces`, for the same surfaces
-) -> Markdown: # A sentence for fewer than four surfaces
-    "Rank correlations and right signs; bold where the best measure is beyond chance."
-    if len(measures) < 4: return Markdown('Correlations need four surfaces.')
-    measures = _with_untrained(found, measures)
-    gains, limit = effects(found).drop(index=UNTRAINED), chance_limit(measures)
-    ranks, lines = rank_correlations(found, measures), {}
+) -> Markdown: # A sentence for fewer than six surfaces
+    "Rank correlations and right signs; bold where a correlation is beyond chance."
+    if len(measures) < 6: return Markdown('Correlations need six surfaces.')
+    gains = effects(found).drop(index=UNTRAINED)
+    limit, ranks, lines = chance_limit(gains, measures), rank_correlations(gains, measures), {}
     for name, gain in gains.iterrows():
-        most = max((gain > 0).sum(), (gain < 0).sum())
-        line = lines[name] = {'same sign': f'{most} of {len(gain)}'}
-        for measure, rank in ranks.loc[name].items():
-            signs = '' if np.isnan(rank) else f', {right_signs(measures[measure], gain)}'
-            cell = '–' if np.isnan(rank) else f'{rank:+.2f}{signs}'
-            line[_WORDS[measure]] = f'**{cell}**' if abs(rank) > limit else cell
+        same = max((gain > 0).sum(), (gain < 0).sum())
+        lines[name] = {'same sign': f'{same} of {len(gain)}'} | {
+            _WORDS[m]: _cell(measures[m], gain, rank, limit) for m, rank in ranks.loc[name].items()}
     table = markdown(pd.DataFrame(lines).T.rename_axis('what is changed'))
     return Markdown(
-        f'{table}\n\n*Bold: beyond {limit:.2f}, which the best of these measures '
-        'reaches by chance in 5 % of the cases.*')
+        f'{table}\n\n*Bold: beyond {limit:.2f}. By chance, 5 % of such tables have a correlation beyond it.*')
 
 def relation_plot(
     found: pd.DataFrame, # Of `run_curves`
@@ -230,7 +234,7 @@ def relation_plot(
     measure: str = 'visibility',
 ) -> plt.Figure:
     "Effect of each variation beside a measure; a point is a surface."
-    gains, measures = effects(found).drop(index=UNTRAINED), _with_untrained(found, measures)
+    gains = effects(found).drop(index=UNTRAINED)
     columns = min(4, len(gains))
     rows = -(-len(gains) // columns)
     fig, axes = plt.subplots(

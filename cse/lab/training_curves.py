@@ -332,7 +332,7 @@ def fewer(
     images: int, # Good images that are left; 0: all
     seed: int = 0, # Seed of the run
 ) -> Category:
-    "A category with some of its good images, drawn by the seed. Raises `DataError` if it has not as many."
+    "A category with some of its good images, drawn by the seed. Raises `DataError` if it has fewer."
     if not images: return category
     count, folder = len(category.train), category.root/category.name
     if images > count:
@@ -369,8 +369,8 @@ def run_curves(
     known = [identify(config, data, name, 'cse', seed, textures or None) for seed, name in groups]
     some = [fewer(k.category, few, seed) for k, (seed, _) in zip(known, groups)] # refused before training
     bar = tqdm(zip(groups, known, some), total=len(groups), unit='surface', leave=False, disable=None)
-    for (seed, category), identity, images in bar:
-        opened = cache(partial(Surface, images, extractor, config, textures))
+    for (seed, category), identity, files in bar:
+        opened = cache(partial(Surface, files, extractor, config, textures))
         key, memory = [identity.key, *[few] * bool(few)], {}
         for name in wanted:
             make = partial(_curve, name, opened, config, seed, memory)
@@ -519,22 +519,26 @@ def epochs_table(
     return markdown(pd.DataFrame(lines).set_index('epoch'))
 
 # %% ../../nbs/lab/25_training_curves.ipynb #25f0a021
+def _until(some, dimensions):
+    "AUROC of each surface and seed at the last measured epoch before there are fewer effective dimensions."
+    place = ['category', 'seed']
+    steps = some[~some.kept].sort_values([*place, 'epoch'])
+    enough = (steps.dimensions >= dimensions).groupby([steps[name] for name in place]).cummin()
+    return steps[enough].groupby(place).auroc.last()
+
 def stopping_table(
     found: pd.DataFrame, # Of `run_curves`
-    dimensions: float = 4, # At least, of the epoch that is taken
+    dimensions: Iterable[int] = (2, 3, 4, 6, 8), # At least, of the epochs that are trained
 ) -> Markdown: # A table in Markdown
-    "The checkpoint, and the last measured epoch with enough dimensions, against the untrained distance."
+    "The checkpoint against the untrained distance, and earlier epochs against the checkpoint."
     place, lines = ['category', 'seed'], {}
     untrained = found[found.variation == UNTRAINED].set_index(place).auroc
     def points(difference): return _mean_cell(100 * difference.groupby('category').mean())
     for name, some in found[found.variation != UNTRAINED].groupby('variation', sort=False):
         kept = some[some.kept].set_index(place).auroc
-        wide = some[~some.kept & (some.dimensions >= dimensions)]
-        stopped = wide.sort_values('epoch').groupby(place).auroc.last()
-        lines[name] = {
-            'checkpoint': points(kept - untrained),
-            f'at least {dimensions} dimensions': points(stopped - untrained),
-            'difference': points(stopped - kept)}
+        stopped = {f'at least {n}': _until(some, n) - kept for n in dimensions}
+        lines[name] = {'checkpoint': points(kept - untrained)} | {
+            n: '–' if gain.isna().any() else points(gain) for n, gain in stopped.items()}
     return markdown(pd.DataFrame(lines).T.rename_axis('what is changed'))
 
 # %% ../../nbs/lab/25_training_curves.ipynb #bea58d63
