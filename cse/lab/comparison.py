@@ -330,7 +330,7 @@ def _methods(found, paper, asked):
     printed = []
     for column in paper.columns:
         forms = sorted(name for name in here if name.startswith(f'{column}, '))
-        printed += forms or [column] * (column in here)
+        printed += [column] * (column in here) + forms
     return printed + sorted(here - set(printed))
 
 def asked_columns(

@@ -178,15 +178,23 @@ def read_record(
     return _checked(record, path)
 
 # %% ../../nbs/lab/04_records.ipynb #a3000002
-_LARGE = 2**17 # bytes; larger files are compressed
+_LARGE = 2**16 # bytes; larger files are compressed
+
+def _shorter(record):
+    "A record with six digits of its losses, since nothing is computed from more."
+    training = record.get('training')
+    if not training: return record
+    def short(value): return float(f'{value:.6g}') if isinstance(value, float) else value
+    history = [{name: short(value) for name, value in epoch.items()} for epoch in training['history']]
+    return record | dict(training=training | dict(history=history))
 
 def write_packed(
     folder: str | Path, # Folder of results
     name: str, # Of the file, without ending
     records: list[dict], # Of one table and data set
 ) -> Path: # `records/NAME.jsonl`, or `records/NAME.jsonl.gz`
-    "Write records as JSON lines, sorted by key."
-    ordered = sorted(records, key=lambda r: r['key'])
+    "Write records as JSON lines, sorted by key, with six digits of the losses."
+    ordered = sorted(map(_shorter, records), key=lambda r: r['key'])
     lines = [json.dumps(r, sort_keys=True, allow_nan=False) for r in ordered]
     content = '\n'.join([*lines, '']).encode()
     large = len(content) > _LARGE
