@@ -160,7 +160,8 @@ def test_one_table_compares_trainings(surface, tmp_path):
     assert {r['config']['epochs'] for r in by.values()} == {1}, 'a changed setting stays'
     assert by[None]['metrics'] != by['repaired']['metrics']
     table = str(render(records, 1, read_asked(tmp_path)[1]))
-    assert '| CSE | ' in table and '| CSE repaired | ' in table
+    assert '| CSE | ' in table and '| CSE, trained as repaired | ' in table
+    assert by['repaired']['key'].startswith('cse_repaired-') and by[None]['key'].startswith('cse-')
     assert run_table(1, methods='cse/repaired', **given)[0] == by['repaired'], 'read from its record'
 
 
