@@ -367,7 +367,8 @@ def run_curves(
     extractor, curves = FastExtractor.from_config(config), {}
     groups = list(itertools.product(as_seeds(seeds), names))
     known = [identify(config, data, name, 'cse', seed, textures or None) for seed, name in groups]
-    some = [fewer(k.category, few, seed) for k, (seed, _) in zip(known, groups)] # refused before training
+    some = [fewer(k.category, few, seed) for k, (seed, _) in zip(known, groups)]
+    for files in some: pair_splits(len(files.train), config, 0) # too few are refused before training
     bar = tqdm(zip(groups, known, some), total=len(groups), unit='surface', leave=False, disable=None)
     for (seed, category), identity, files in bar:
         opened = cache(partial(Surface, files, extractor, config, textures))
