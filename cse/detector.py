@@ -164,7 +164,7 @@ def member_from(
 ) -> tuple[Embedder, MemoryBank]:
     "An embedder and its memory bank. Raises `ModelError` where the tensors do not fit."
     config, device = detector.config, detector.extractor.device
-    channels = detector.extractor.channels[-len(config.layers):]
+    channels = detector.extractor.select(config.layers, detector.extractor.channels)
     with seeded_weights(0): embedder = FastEmbedder(channels, config.embedding_dim)
     bank = MemoryBank.from_config(config)
     prefix = f'embedder{name}.'
@@ -187,7 +187,7 @@ def check_extractor(
     if found.origin['sha256'] != saved:
         raise ModelError(f': was fitted with other weights of {detector.config.extractor}; '
                          f'expected SHA-256 {saved}')
-    channels = found.channels[-len(detector.config.layers):]
+    channels = found.select(detector.config.layers, found.channels)
     if about['channels'] != channels:
         raise ModelError(f'/model.json: channels={about["channels"]}; expected {channels}, '
                          f'which {detector.config.extractor} has')

@@ -261,6 +261,13 @@ class FeatureExtractor:
         about = dict(engine=self.engine, precision=self.precision, difference=None)
         return self.origin | about | dict(device=str(self.device))
 
+    def select(self,
+        layers: tuple[int, ...], # Some of those of the extractor
+        values: list, # One for each feature map
+    ) -> list: # Those of these layers
+        "What belongs to some of the layers, for example their maps or channels."
+        return [values[self.layers.index(layer)] for layer in layers]
+
     @torch.no_grad()
     def __call__(self,
         images: torch.Tensor, # N×3×H×W in [0, 1], on any device

@@ -531,6 +531,18 @@ def test_without_weight_for_the_embedding_the_largest_distance_decides(hybrid, g
     assert (np.argsort(alone.score(good[:6]).image) == np.argsort(distances)).all()
 
 
+@pytest.mark.parametrize('density', [(4,), (2, 3, 4), (1, 4)])
+def test_the_gaussians_may_have_any_layers(good, tmp_path, density):
+    settings = TINY | dict(layers=(2, 3))
+    alone = CSE(Config.smoke(**settings)).fit(good, progress=False)
+    both = HybridCSE(HybridConfig.smoke(**settings, density_layers=density)).fit(good, progress=False)
+    assert both.extractor.layers == tuple(sorted({2, 3, *density}))
+    for name, expected in alone.embedder.state_dict().items():
+        assert torch.allclose(both.embedder.state_dict()[name], expected, atol=1e-4), name
+    again = cse.load(both.save(tmp_path / 'model'))
+    assert np.allclose(again.score(good[:4]).image, both.score(good[:4]).image, atol=1e-4)
+
+
 def test_baselines_get_the_maps_of_the_embedding_only(good):
     from cse.baselines.features import MeanDistance
     baseline = MeanDistance(HybridConfig.smoke(**TINY)).fit(good, progress=False)
@@ -538,8 +550,7 @@ def test_baselines_get_the_maps_of_the_embedding_only(good):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(layers=()), dict(layers=(4, 3)), dict(layers=(2, 3), density_layers=(4,)),
-    dict(density_layers=(1.5,)), dict(density_layers=(3, 2)), dict(density_layers=()),
+    dict(layers=()), dict(layers=(4, 3)), dict(density_layers=(1.5,)), dict(density_layers=(3, 2)), dict(density_layers=()),
     dict(embedding_weight=-1), dict(embedders=0), dict(split_seed=-2)])
 def test_settings_of_the_hybrid_detector_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):

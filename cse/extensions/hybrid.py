@@ -143,15 +143,17 @@ class EmbeddingScores(nn.Module):
 class JointHead(nn.Module):
     "From feature maps to joined scores and the maps of the Gaussians, for inference."
     def __init__(self,
-        embeddings: EmbeddingScores, # Of the last of the feature maps
+        embeddings: EmbeddingScores,
         density: PatchGaussians, # Fitted
-        places: list[int], # Which of the feature maps the Gaussians describe
+        embedded: list[int], # Which of the feature maps are embedded
+        described: list[int], # Which of them the Gaussians describe
         weight: float = 0.25, # w, of the embeddings together
         share: float = 0.005, # Share of the positions whose distances count; at least one
         standards: torch.Tensor | None = None, # 2×(2 + E) means and deviations; `fit` measures them
     ):
         super().__init__()
-        self.embeddings, self.density, self.places = embeddings, density, places
+        self.embeddings, self.density = embeddings, density
+        self.embedded, self.described = embedded, described
         self.weight, self.share = weight, share
         if standards is None:
             standards = torch.tensor([[0.], [1.]]).repeat(1, 2 + len(embeddings.banks))
@@ -160,8 +162,8 @@ class JointHead(nn.Module):
     def embed(self,
         features: list[torch.Tensor], # One map per layer, N×C×H×W, finest first
     ) -> torch.Tensor: # N×E scores of the embeddings
-        "Scores of the embeddings, which take the last of the maps."
-        return self.embeddings(*features[-len(self.embeddings.embedder.channels):])
+        "Scores of the embeddings."
+        return self.embeddings(*(features[i] for i in self.embedded))
 
     def _largest(self, maps):
         "Mean of the largest values of each map."
@@ -189,7 +191,7 @@ class JointHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]: # N scores, about 0 for good images; N×H×W maps
         "Scores of embeddings and Gaussians together; maps are 0 where nothing is unusual."
         mean, deviation = self.standards
-        maps = self.density([features[i] for i in self.places])
+        maps = self.density([features[i] for i in self.described])
         largest = (self._largest(maps) - mean[1]) / deviation[1]
         scores = largest + self.weight * ((embedded - mean[2:]) / deviation[2:]).mean(1)
         return scores, ((maps - mean[0]) / deviation[0]).clamp(min=0)
@@ -268,7 +270,7 @@ class HybridCSE(CalibratedCSE):
 
     def _learn(self, cache, defects, session):
         config = self.config
-        own = cache.coarsest(len(config.layers))
+        own = cache.select(config.layers)
         settings = [member_settings(config, self.seed, i) for i in range(config.embedders)]
         members = [self._pairs(own, defects, session, *s) for s in settings]
         for i in range(len(members)): # a state of another fit is refused before training
@@ -303,7 +305,7 @@ class HybridCSE(CalibratedCSE):
     def head(self) -> nn.Module: # From feature maps to scores and coarse maps, in eval mode
         "The network after the extractor, folded for inference."
         c, embeddings = self.config, EmbeddingScores(self.embedders, self.banks)
-        head = JointHead(embeddings, self.density, c.density_places,
+        head = JointHead(embeddings, self.density, c.embedding_places, c.density_places,
                          c.embedding_weight, c.density_share, self.standards)
         return head.eval().to(self.extractor.device)
 

@@ -31,14 +31,16 @@ class HybridConfig(Config):
         if not layers or list(layers) != sorted({*layers}):
             raise ConfigError(f'density_layers={layers}: '
                               'expected whole numbers that rise, one at least')
-        if self.extracted[-len(self.layers):] != self.layers:
-            raise ConfigError(f'layers={self.layers}: expected whole numbers that rise, '
-                              f'and none of density_layers={layers} between or after them')
 
     @property
     def extracted(self) -> tuple[int, ...]:
         "Feature maps that the extractor must give: `layers` and `density_layers`, finest first."
         return tuple(sorted({*self.layers, *self.density_layers}))
+
+    @property
+    def embedding_places(self) -> list[int]:
+        "Which of the extracted maps are embedded."
+        return [self.extracted.index(layer) for layer in self.layers]
 
     @property
     def density_places(self) -> list[int]:

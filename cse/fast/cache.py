@@ -43,6 +43,7 @@ class FeatureCache:
         clock, count = clock or Stopwatch(), len(images)
         batches = images.batches(batch_size)
         self.images = self.features = None
+        self.layers = extractor.layers
         start = 0
         bar = tqdm(total=count, desc='features', unit='image', disable=not progress, leave=False)
         with ticking(bar):
@@ -72,10 +73,11 @@ class FeatureCache:
         "Channels of each feature map."
         return [f.shape[1] for f in self.features]
 
-    def coarsest(self,
-        maps: int, # How many
-    ) -> 'FeatureCache': # The same images and their coarsest feature maps
-        "A view of the cache without its finer maps."
+    def select(self,
+        layers: tuple[int, ...], # Some of those of the cache
+    ) -> 'FeatureCache': # The same images, and the feature maps of these layers
+        "A view of the cache without its other maps."
         view = copy.copy(self)
-        view.features = self.features[-maps:]
+        view.layers = tuple(layers)
+        view.features = [self.features[self.layers.index(layer)] for layer in layers]
         return view

@@ -18,12 +18,13 @@ from .cache import FeatureCache
 
 # %% ../../nbs/fast/06_pairs.ipynb #5b2e9a15
 def needs_two_pairs(
-    extractor: FeatureExtractor, # Its last map is the coarsest
-    config: Config, # Crop and decoder
+    extractor: FeatureExtractor,
+    config: Config, # Layers, crop and decoder
     decodes: bool = True, # Does training use the decoder of the configuration?
 ) -> bool:
     "Whether a step needs two pairs: the decoder's coarsest map has one position."
-    return decodes and config.decoder != 'none' and extractor.strides[-1] >= config.crop
+    if not decodes or config.decoder == 'none': return False
+    return extractor.select(config.layers, extractor.strides)[-1] >= config.crop
 
 # %% ../../nbs/fast/06_pairs.ipynb #f085853c
 AHEAD = 8 # steps whose corrupted images pass through the extractor together
@@ -77,7 +78,7 @@ class CachedPairs(PairSampler):
             corrupted, _, _ = self.defects(images, generators)
         with self.clock('extractor'):
             maps = self.extractor(corrupted)
-        return maps[-len(self.cache.features):]
+        return self.extractor.select(self.cache.layers, maps)
 
     def training(self, epoch: int) -> Iterator[Pairs]:
         "Batches of training pairs."
@@ -110,12 +111,13 @@ class CachedPairs(PairSampler):
 
 # %% ../../nbs/fast/06_pairs.ipynb #5b2e9a11
 def check_maps(
-    extractor: FeatureExtractor, # Its last maps are those of `config.layers`
+    extractor: FeatureExtractor, # Has the maps of `config.layers`
     config: Config, # Every setting
     decodes: bool = True, # As for `needs_two_pairs`
 ):
     "Raise `ConfigError` for feature maps, or steps, that cannot be trained on."
-    strides, layers = extractor.strides[-len(config.layers):], config.layers
+    layers = config.layers
+    strides = extractor.select(layers, extractor.strides)
     if any(b != 2 * a for a, b in zip(strides, strides[1:])):
         raise ConfigError(f'layers={layers}: expected maps that halve from one to the next; '
                           f'those of {config.extractor} have strides {strides}')

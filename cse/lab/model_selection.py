@@ -182,7 +182,7 @@ def _joint_heads(detector, features):
         density = PatchGaussians(channels, seed=seed)
         maps = density.fit([features[i] for i in places], seen, held_out)
         for share in GRID['density_share']:
-            head = JointHead(embeddings, density, places, 0, share)
+            head = JointHead(embeddings, density, config.embedding_places, places, 0, share)
             head = head.to(device).fit(features, held_out, maps)
             yield (layers, channels, share), head
 
