@@ -550,8 +550,8 @@ def test_baselines_get_the_maps_of_the_embedding_only(good):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(layers=()), dict(layers=(4, 3)), dict(density_layers=(1.5,)), dict(density_layers=(3, 2)), dict(density_layers=()),
-    dict(embedding_weight=-1), dict(embedders=0), dict(split_seed=-2)])
+    dict(layers=()), dict(layers=(4, 3)), dict(density_layers=(1.5,)), dict(density_layers=(3, 2)),
+    dict(density_layers=()), dict(embedding_weight=-1), dict(embedders=0), dict(split_seed=-2)])
 def test_settings_of_the_hybrid_detector_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         HybridConfig(**settings)

@@ -126,10 +126,11 @@ def test_built_in_textiles_are_no_surfaces_of_table_1():
 
 
 @pytest.mark.parametrize('name, message', [
-    ('classifier/none', 'only cse has decoder modes'),
-    ('cse/frozen', 'a decoder mode .* or a profile'),
-    ('cse/', 'a decoder mode .* or a profile'),
-    ('patchcore/paper', 'only cse has decoder modes'),
+    ('classifier/none', r'a profile \(paper, .* for cse, a decoder mode \(none, '),
+    ('cse/frozen', 'expected after the slash a profile'),
+    ('cse/', 'expected after the slash a profile'),
+    ('patchcore/papers', 'expected after the slash a profile'),
+    ('patchwork/paper', "'classifier'"),
     ('patchwork', "'classifier'"),
     ('cse/random', 'expected each once')])
 def test_unknown_columns_are_refused_before_any_run(surface, tiny, tmp_path, name, message):
@@ -152,15 +153,20 @@ def test_contradicting_parameters_are_refused_before_any_run(
     assert not (tmp_path / 'results').exists()
 
 
-def test_one_table_compares_trainings(surface, tmp_path):
+def test_one_table_compares_profiles(surface, tmp_path):
     given = dict(data=str(surface), settings=SMALL, results=str(tmp_path))
-    records = run_table(1, methods='cse,cse/repaired,mean_distance', **given)
+    names = 'cse,cse/repaired,cse/official,hybrid/repaired,mean_distance,mean_distance/repaired'
+    records = run_table(1, methods=names, **given)
+    layers = {(r['method'], r.get('trained_as')): r['config']['layers'] for r in records}
+    finer = {name for name, used in layers.items() if used == [2, 3]}
+    assert len(layers) == 6 and finer == {(name, 'repaired') for name in ('cse', 'hybrid', 'mean_distance')}
     by = {r.get('trained_as'): r for r in records if r['method'] == 'cse'}
-    assert by[None]['config']['max_lr_factor'] == 10 and by['repaired']['config']['max_lr_factor'] == 1
+    assert by['official']['config']['train_axis'] == 'columns' != by[None]['config']['train_axis']
     assert {r['config']['epochs'] for r in by.values()} == {1}, 'a changed setting stays'
     assert by[None]['metrics'] != by['repaired']['metrics']
     table = str(render(records, 1, read_asked(tmp_path)[1]))
-    assert '| CSE | ' in table and '| CSE, trained as repaired | ' in table
+    assert '| CSE | ' in table and '| CSE, profile repaired | ' in table
+    assert '| mean distance, profile repaired | ' in table and 'layers = (2, 3) instead of (3, 4)' in table
     assert by['repaired']['key'].startswith('cse_repaired-') and by[None]['key'].startswith('cse-')
     assert run_table(1, methods='cse/repaired', **given)[0] == by['repaired'], 'read from its record'
 

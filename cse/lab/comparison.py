@@ -90,7 +90,7 @@ def _printed(key, paper):
     names = _printed_names() | own
     method, _, form = key.partition('/')
     if key in names: return names[key]
-    return f'{names.get(method, method)}{", trained as" if form in PROFILES else ""} {form}'.strip()
+    return f'{names.get(method, method)}{", profile" if form in PROFILES else ""} {form}'.strip()
 
 def column_name(
     record: dict, # Record of a run

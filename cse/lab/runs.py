@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'NO_TEXTURES', 'make_method
            'run']
 
 # %% ../../nbs/lab/05_runs.ipynb #3045d3d0
-import logging, time
+import itertools, logging, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +53,7 @@ def make_method(
     return METHODS[name](config, textures, seed)
 
 # %% ../../nbs/lab/05_runs.ipynb #834acdb5
-_INPUT = 'resize', 'crop', 'resize_mode', 'extractor', 'weights', 'layers' # stay those of the run
+_INPUT = 'resize', 'crop', 'resize_mode', 'extractor', 'weights' # stay those of the run
 _DECODERS = Config.__dataclass_fields__['decoder'].metadata['choices']
 
 def trained_as(
@@ -67,24 +67,22 @@ def trained_as(
         if name not in _INPUT and getattr(config, name) == ours})
 
 def training_profile(
-    name: str, # Key of `METHODS`, or 'cse/' and a decoder mode or profile
+    name: str, # Key of `METHODS`, perhaps with a slash and a profile or decoder mode
 ) -> str: # Empty for that of the run
-    "The profile whose training a column has."
+    "The profile whose settings a column has."
     form = name.partition('/')[2]
     return form if name not in METHODS and form in PROFILES else ''
 
 def variant(
-    name: str, # Key of `METHODS`, or 'cse/' and a decoder mode or profile
+    name: str, # Key of `METHODS`, perhaps with a slash and a profile or decoder mode
     config: Config, # Every setting
 ) -> tuple[str, Config]: # Key of `METHODS`, and its settings
     "Method and settings of a column of a table. Raises `ConfigError`."
     method, slash, form = name.partition('/')
     if name in METHODS: method, slash, form = name, '', ''
-    if slash and method != 'cse':
-        raise ConfigError(f'method={name!r}: only cse has decoder modes and trainings')
-    if slash and form not in (*_DECODERS, *PROFILES):
-        raise ConfigError(f'method={name!r}: expected cse/ and a decoder mode '
-                          f'({", ".join(_DECODERS)}) or a profile ({", ".join(PROFILES)})')
+    if slash and form not in PROFILES and (method, form) not in itertools.product(['cse'], _DECODERS):
+        raise ConfigError(f'method={name!r}: expected after the slash a profile ({", ".join(PROFILES)}) '
+                          f'or, for cse, a decoder mode ({", ".join(_DECODERS)})')
     if form in PROFILES: config = trained_as(form, config)
     elif form: config = config.replace(decoder=form)
     return method, make_method(method, config).config
