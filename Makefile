@@ -1,8 +1,8 @@
 # make test      all checks, also on a fresh clone
 # make tables    computes Tables 1–5 again, on built-in data, into results/runs, and compares them with results/reference. Interrupted
 #                work is resumed; FRESH=1 starts over. PROFILE=paper MVTEC=… TILDA=… DTD=…: the published setting. TABLES='1 4': some of
-#                the tables. METHODS=all: every baseline too; cse/repaired: CSE trained as in
-#                that profile. SCHEDULER=processes, or an address
+#                the tables. METHODS=all: every baseline too; patchcore/repaired: PatchCore with the
+#                settings of that profile. SCHEDULER=processes, or an address
 # make reference  a folder of runs becomes the reference, after an audit: RUNS=results/runs/built-in-smoke
 # make text-against-code  Table 6: where text and released code differ, one choice at a time; ROWS=… SEEDS=3
 # make benchmark  times as ratios to plain PyTorch and to the bare extractor; DATA=… TEXTURES=…

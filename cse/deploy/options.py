@@ -220,7 +220,7 @@ Seed = Annotated[int, typer.Option(help='Seed of everything random.')]
 Tables = Annotated[Optional[list[int]], typer.Argument(
     help='Numbers of tables, 1 to 5; all if not given.')]
 Methods = Annotated[str, typer.Option(
-    help="Names such as cse,padim,cse/paper, or 'all'; the table's own if not given.")]
+    help="Names such as cse,padim,cse/repaired, or 'all'; the table's own if not given.")]
 Data = Annotated[str, typer.Option(
     help='Folder of categories in MVTec layout; built-in surfaces if not given.')]
 Tilda = Annotated[str, typer.Option(

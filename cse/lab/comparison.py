@@ -66,9 +66,9 @@ def _file_name(value):
 
 # %% ../../nbs/lab/09_comparison.ipynb #df501037
 def _column_key(record, paper):
-    "The key of a column: the method, with the profile of its training or the setting that varies."
+    "The key of a column: the method, with its profile or the setting that varies."
     method = record['method']
-    if training := record.get('trained_as'): return f'{method}/{training}'
+    if profile := record.get('trained_as'): return f'{method}/{profile}'
     if not paper.variant: return method
     if paper.variants_of not in ('', method): return method
     value = str(value_at(record, paper.variant)).split('.')[0]

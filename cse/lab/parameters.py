@@ -22,7 +22,7 @@ from ..baselines.registry import BASELINES, baseline_config
 from .grid import check_grid, grid
 from .records import (
     is_timing, load_records, method_config, record_config, reference_folder)
-from .runs import METHODS, NO_TEXTURES, data_name, training_profile, variant
+from .runs import METHODS, NO_TEXTURES, column_profile, data_name, variant
 from .scheduling import say
 
 # %% ../../nbs/lab/07_parameters.ipynb #04a7c16a
@@ -254,14 +254,14 @@ def _newest(records):
     return [r for r in records if _computed_by(r) == latest]
 
 def _fingerprint(record):
-    "Method and training of a record, and fingerprint of its settings."
+    "Method and profile of a record, and fingerprint of its settings."
     return record['method'], record.get('trained_as', ''), fingerprint(record_config(record))
 
 def _column(name, base):
-    "Method and training of a column, and fingerprint of its settings."
+    "Method and profile of a column, and fingerprint of its settings."
     if name in BASELINES: method, config = name, baseline_config(name, base)
     else: method, config = variant(name, base)
-    return method, training_profile(name), fingerprint(method_config(method, config))
+    return method, column_profile(name), fingerprint(method_config(method, config))
 
 def _wanted(entry, table):
     "Method and fingerprint of each column that a table can have."
@@ -304,12 +304,12 @@ def table_records(
 
 # %% ../../nbs/lab/07_parameters.ipynb #08515029
 def _check_columns(chosen, table, settings):
-    "Refuse trainings in Table 5, and decoder modes elsewhere or with a setting of it. Raises `ConfigError`."
+    "Refuse profiles in Table 5, and decoder modes elsewhere or with a setting of it. Raises `ConfigError`."
     forms = [name for name in chosen if '/' in name and name not in METHODS]
-    trainings = ', '.join(filter(training_profile, forms))
-    if trainings and table == 5:
-        raise ConfigError(f'methods={trainings}: the columns of Table 5 are decoder modes')
-    modes = ', '.join(name for name in forms if not training_profile(name))
+    others = ', '.join(filter(column_profile, forms))
+    if others and table == 5:
+        raise ConfigError(f'methods={others}: the columns of Table 5 are decoder modes')
+    modes = ', '.join(name for name in forms if not column_profile(name))
     if not modes: return
     if table != 5:
         raise ConfigError(

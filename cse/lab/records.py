@@ -77,13 +77,13 @@ def run_key(
     category: str, # Name of the category
     seed: int, # Seed of the run
     environment: dict[str, object], # Code, device, engine and versions
-    training: str = '', # The profile whose training it has; empty: that of the run
+    profile: str = '', # That of the column; empty: that of the run
 ) -> str: # File name of the record, without ending
     "Identity of a run."
     settings = fingerprint(method_config(method, by_content(config)))
     decides = [RECORD_SCHEMA, method, settings, data['fingerprint'],
                textures['fingerprint'], category, seed, environment]
-    column = f'{method}/{training}' if training else method
+    column = f'{method}/{profile}' if profile else method
     words = f'{column}-{data["name"]}-{category}-{config.profile}-seed{seed}'
     return record_name(words, decides)
 

@@ -23,7 +23,7 @@ from .parameters import as_list, join_asked, plan_table, read_asked, run_table, 
 from .published import PUBLISHED
 from .records import is_timing, load_records, reference_folder
 from .reproduction import compare
-from .runs import check_results, identify, training_profile
+from .runs import check_results, column_profile, identify
 from .scheduling import as_scheduler, reserved
 from .tables import caption, facts, publish
 
@@ -39,9 +39,9 @@ def check_numbers(
         raise ConfigError(f'table {number}: expected one of {known}')
     return wanted
 
-def _without_trainings(methods):
+def _without_profiles(methods):
     "The names of methods without columns such as cse/paper, which Table 5 does not have."
-    return ','.join(name for name in as_list(methods or '', 'methods') if not training_profile(name))
+    return ','.join(name for name in as_list(methods or '', 'methods') if not column_profile(name))
 
 def options_of(
     number: int, # Number of the table
@@ -54,7 +54,7 @@ def options_of(
     if number == 2: given['data'] = tilda
     aside = {2: ['categories'], 3: ['extractor', 'weights', 'methods']}
     for name in () if alone else aside.get(number, ()): given[name] = ''
-    if number == 5 and not alone: given['methods'] = _without_trainings(given.get('methods'))
+    if number == 5 and not alone: given['methods'] = _without_profiles(given.get('methods'))
     own = {3: '', 4: 'classifier,cse', 5: 'all'}.get(number, 'cse')
     given['methods'] = given.get('methods') or own
     return given
