@@ -175,12 +175,14 @@ def _days(records):
 
 # %% ../../nbs/lab/11_tables.ipynb #a2bb7fc4
 def _seeds_fact(records, table):
-    "The seeds, and whether each cell has all of them."
-    seeds = _listed(r['seed'] for r in records)
-    counts = comparison(records, table).seeds
-    counts = counts[counts > 0]
-    if counts.nunique() < 2: return seeds
-    return f'{seeds} (some cells have fewer)'
+    "The seeds, by column where they differ, and whether each cell has all of them."
+    paper, found = published_table(table), comparison(records, table)
+    columns = grouped(records, lambda r: column_name(r, paper))
+    seeds = {name: _listed(r['seed'] for r in some) for name, some in columns.items()}
+    counts = found[found.seeds > 0].groupby('method').seeds.nunique()
+    few = ' (some cells have fewer)' if counts.max() > 1 else ''
+    if len(set(seeds.values())) == 1: return f'{next(iter(seeds.values()))}{few}'
+    return '; '.join(f'{name}: {some}' for name, some in seeds.items()) + few
 
 def _textures_fact(records):
     "Name and number of the textures, from the runs that use textures."
@@ -344,9 +346,10 @@ def facts(
     found = _speed_facts(records, published_table(table)) if table == 3 else _facts(records, table)
     return found | _origin_facts(records, table)
 
-def _over(count, what):
+def _over(count, what, uneven=False):
     "How a number and its spread come from several runs."
-    return f'mean ± standard deviation over {count} {what}' if count > 1 else ''
+    most = f'up to {count}' if uneven else count
+    return f'mean ± standard deviation over {most} {what}' if count > 1 else ''
 
 def _what(records, table):
     "The quantity in the cells, and its data or machine."
@@ -354,7 +357,9 @@ def _what(records, table):
     seeds = len({r['seed'] for r in records})
     unit = paper.unit[0].upper() + paper.unit[1:]
     if table != 3:
-        return f'{unit}: {_over(seeds, "seeds") or "one seed"}, on {first["data"]["name"]}.'
+        found = comparison(records, table).seeds
+        uneven = found[found > 0].nunique() > 1
+        return f'{unit}: {_over(seeds, "seeds", uneven) or "one seed"}, on {first["data"]["name"]}.'
     rounds = value_at(first, 'timing.rounds')
     one = 'median over rounds (95 % interval)' if rounds else 'median (5th–95th percentile)'
     how = _over(seeds, 'processes') or one
