@@ -287,7 +287,7 @@ _OFFICIAL = dict(
     cluster_reduction='max', texture_channels='bgr')
 _SMOKE = dict(
     epochs=10, extractor='tf_efficientnet_lite0', weights='packaged')
-_REPAIRED = _SMOKE | dict(layers=(2, 3))
+_REPAIRED = _SMOKE | dict(layers=(3,))
 _INSPECTION = _SMOKE | dict(resize=224)
 PROFILES = dict(
     paper={}, official=_OFFICIAL, smoke=_SMOKE, repaired=_REPAIRED, inspection=_INSPECTION)

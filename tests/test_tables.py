@@ -158,7 +158,7 @@ def test_one_table_compares_profiles(surface, tmp_path):
     names = 'cse,cse/repaired,cse/official,hybrid/repaired,mean_distance,mean_distance/repaired'
     records = run_table(1, methods=names, **given)
     layers = {(r['method'], r.get('trained_as')): r['config']['layers'] for r in records}
-    finer = {name for name, used in layers.items() if used == [2, 3]}
+    finer = {name for name, used in layers.items() if used == [3]}
     assert len(layers) == 6 and finer == {(name, 'repaired') for name in ('cse', 'hybrid', 'mean_distance')}
     by = {r.get('trained_as'): r for r in records if r['method'] == 'cse'}
     assert by['official']['config']['train_axis'] == 'columns' != by[None]['config']['train_axis']
@@ -166,7 +166,7 @@ def test_one_table_compares_profiles(surface, tmp_path):
     assert by[None]['metrics'] != by['repaired']['metrics']
     table = str(render(records, 1, read_asked(tmp_path)[1]))
     assert '| CSE | ' in table and '| CSE, profile repaired | ' in table
-    assert '| mean distance, profile repaired | ' in table and 'layers = (2, 3) instead of (3, 4)' in table
+    assert '| mean distance, profile repaired | ' in table and 'layers = (3,) instead of (3, 4)' in table
     assert by['repaired']['key'].startswith('cse_repaired-') and by[None]['key'].startswith('cse-')
     assert run_table(1, methods='cse/repaired', **given)[0] == by['repaired'], 'read from its record'
 
