@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BUILTIN', 'BUILTIN_TEXTILES', 'NO_TEXTURES', 'make_method
            'run']
 
 # %% ../../nbs/lab/05_runs.ipynb #3045d3d0
-import itertools, logging, time
+import logging, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +80,9 @@ def variant(
     "Method and settings of a column of a table. Raises `ConfigError`."
     method, slash, form = name.partition('/')
     if name in METHODS: method, slash, form = name, '', ''
-    if slash and form not in PROFILES and (method, form) not in itertools.product(['cse'], _DECODERS):
-        raise ConfigError(f'method={name!r}: expected after the slash a profile ({", ".join(PROFILES)}) '
-                          f'or, for cse, a decoder mode ({", ".join(_DECODERS)})')
+    forms = (*PROFILES, *_DECODERS) if method == 'cse' else tuple(PROFILES)
+    if slash and form not in forms:
+        raise ConfigError(f'method={name!r}: expected {method}/ and one of {", ".join(forms)}')
     if form in PROFILES: config = with_profile(form, config)
     elif form: config = config.replace(decoder=form)
     return method, make_method(method, config).config
