@@ -360,8 +360,7 @@ def run_curves(
     own = own_settings(extractor, weights, settings)
     config = from_profile(profile, device=device, **own)
     wanted = [UNTRAINED, *as_variations(variations)]
-    names = as_list(categories, 'categories')
-    names = names or default_categories(data, 1, config)
+    names = as_list(categories, 'categories') or default_categories(data, 1, config)
     folder = results or tempfile.mkdtemp(prefix='cse-results-')
     few = as_whole(images, 'images')
     extractor, curves = FastExtractor.from_config(config), {}
