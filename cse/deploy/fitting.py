@@ -31,7 +31,7 @@ CONFIGS = dict(cse=Config, hybrid=HybridConfig) # method → class of its settin
 PROFILES = dict(
     inspection='for your own parts: whole images at 224×224, ten epochs; the default of `cse fit`',
     smoke="the paper's method made small: ten epochs, a small extractor that needs no download",
-    repaired='smoke without the coarsest feature map, on which training does harm',
+    repaired='smoke without the coarser feature map, with which training helps less',
     paper='the text of the paper: 100 epochs on efficientnet_b3, whose weights come from the hub',
     official="the authors' code, where it differs from the text of the paper")
 
