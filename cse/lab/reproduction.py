@@ -270,11 +270,14 @@ def find_reference(
     table: int, # Number in the paper
     entry: dict, # The request of the table
 ) -> Path | None: # None if there is none
-    "The folder of the reference with the same request."
+    "The folder of the reference with the same request, and of several the one with most of its columns."
+    found = {}
     for file in sorted(reference_folder().glob('*/asked.json')):
         known = read_asked(file.parent).get(table, {})
-        if all(known.get(name) == entry[name] for name in _SAME): return file.parent
-    return None
+        if any(known.get(name) != entry[name] for name in _SAME): continue
+        own, theirs = (asked_columns(e['methods'], table) for e in (entry, known))
+        found[file.parent] = len(set(own) & set(theirs))
+    return max(found, key=found.get, default=None)
 
 def nearest_reference(
     table: int, # Number in the paper

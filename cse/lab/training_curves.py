@@ -79,9 +79,10 @@ UNTRAINED = 'untrained distance' # largest distance of a raw feature to its mean
 
 def as_variations(
     value: list | str, # Names; empty: all
-) -> list[str]:
-    "Read the parameter `variations`. Raises `ConfigError`."
-    names = as_list(value, 'variations') or list(VARIATIONS)
+) -> list[str]: # The training of the paper is always the first
+    "Read the parameter `variations`; the others are compared with the first. Raises `ConfigError`."
+    paper, *others = VARIATIONS
+    names = list(dict.fromkeys([paper, *(as_list(value, 'variations') or others)]))
     for name in names:
         if name in VARIATIONS: continue
         raise ConfigError(f'variations={name!r}: expected some of '
