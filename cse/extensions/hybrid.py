@@ -145,15 +145,15 @@ class JointHead(nn.Module):
     def __init__(self,
         embeddings: EmbeddingScores,
         density: PatchGaussians, # Fitted
-        embedded: list[int], # Which of the feature maps are embedded
-        described: list[int], # Which of them the Gaussians describe
+        embedding_places: list[int], # Which of the feature maps are embedded
+        density_places: list[int], # Which of them the Gaussians describe
         weight: float = 0.25, # w, of the embeddings together
         share: float = 0.005, # Share of the positions whose distances count; at least one
         standards: torch.Tensor | None = None, # 2×(2 + E) means and deviations; `fit` measures them
     ):
         super().__init__()
         self.embeddings, self.density = embeddings, density
-        self.embedded, self.described = embedded, described
+        self.embedding_places, self.density_places = embedding_places, density_places
         self.weight, self.share = weight, share
         if standards is None:
             standards = torch.tensor([[0.], [1.]]).repeat(1, 2 + len(embeddings.banks))
@@ -163,7 +163,7 @@ class JointHead(nn.Module):
         features: list[torch.Tensor], # One map per layer, N×C×H×W, finest first
     ) -> torch.Tensor: # N×E scores of the embeddings
         "Scores of the embeddings."
-        return self.embeddings(*(features[i] for i in self.embedded))
+        return self.embeddings(*(features[i] for i in self.embedding_places))
 
     def _largest(self, maps):
         "Mean of the largest values of each map."
@@ -191,7 +191,7 @@ class JointHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]: # N scores, about 0 for good images; N×H×W maps
         "Scores of embeddings and Gaussians together; maps are 0 where nothing is unusual."
         mean, deviation = self.standards
-        maps = self.density([features[i] for i in self.described])
+        maps = self.density([features[i] for i in self.density_places])
         largest = (self._largest(maps) - mean[1]) / deviation[1]
         scores = largest + self.weight * ((embedded - mean[2:]) / deviation[2:]).mean(1)
         return scores, ((maps - mean[0]) / deviation[0]).clamp(min=0)

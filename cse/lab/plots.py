@@ -109,7 +109,9 @@ def _finish(ax, frame, colours):
     "Axes, labels and legend of the plot of AUROC."
     categories = list(frame.category.unique())
     start = _lowest_tick(frame)
-    ax.set_xticks(range(len(categories)), categories)
+    crowded = len(categories) * max(map(len, categories), default=0) > 80
+    tilt = dict(rotation=20, ha='right') if crowded else {}
+    ax.set_xticks(range(len(categories)), categories, **tilt)
     ax.set_xlim(-0.5, max(len(categories), 1) - 0.5)
     ax.grid(False, axis='x')
     ax.axhline(50, color='grey', linestyle=':', linewidth=1)
