@@ -288,7 +288,7 @@ _OFFICIAL = dict(
 _SMOKE = dict(
     epochs=10, extractor='tf_efficientnet_lite0', weights='packaged')
 _REPAIRED = _SMOKE | dict(layers=(3,))
-_INSPECTION = _SMOKE | dict(resize=224)
+_INSPECTION = _SMOKE | dict(resize=224, layers=(2, 3))
 PROFILES = dict(
     paper={}, official=_OFFICIAL, smoke=_SMOKE, repaired=_REPAIRED, inspection=_INSPECTION)
 

@@ -80,10 +80,11 @@ def test_what_can_be_promised_is_said_in_two_sentences(kept):
 
 # --- the profile
 
-def test_inspection_is_the_smoke_profile_without_a_border():
+def test_inspection_is_the_smoke_profile_without_a_border_on_finer_maps():
     changed = {name for name in Config.smoke().to_dict()
                if getattr(from_profile('inspection'), name) != getattr(Config.smoke(), name)}
-    assert changed == {'profile', 'resize'} and from_profile('inspection').resize == 224
+    assert changed == {'profile', 'resize', 'layers'}
+    assert (from_profile('inspection').resize, from_profile('inspection').layers) == (224, (2, 3))
     assert fitting.method_of('inspection') == 'hybrid' and fitting.method_of('smoke') == 'cse'
     assert fitting.method_of('paper', 'hybrid') == 'hybrid'
     assert 'density_layers' in run('show-config', 'inspection').stdout

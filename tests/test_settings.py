@@ -85,9 +85,11 @@ def test_the_fingerprint_of_the_records_stays_what_it_is():
 
 
 def test_each_setting_that_decides_changes_the_fingerprint():
-    hybrid = dict(density_channels=50), dict(embedders=2), dict(density_layers=(2, 4)), dict(split_seed=0)
+    hybrid = (
+        dict(density_channels=50), dict(embedders=2), dict(density_layers=(2, 4)),
+        dict(density_patch=1), dict(split_seed=0))
     found = {fingerprint(HybridConfig.smoke(**changes)) for changes in (dict(), *hybrid)}
-    assert len(found | {fingerprint(Config.smoke())}) == 6
+    assert len(found | {fingerprint(Config.smoke())}) == 7
 
 
 def test_parameters_of_the_networks():

@@ -16,7 +16,7 @@ if TYPE_CHECKING: import torch
 class ModelError(ValueError):
     "Raised for a saved detector that cannot be used."
 
-SCHEMA = 4 # of saved detectors
+SCHEMA = 5 # of saved detectors
 _FORM = dict( # in every `model.json`
     config=dict, seed=int, channels=list,
     extractor=dict, best_epoch=int,
@@ -54,13 +54,14 @@ HYBRID = (
     'embedders')
 
 def _upgrade(about: dict) -> dict:
-    "The content of a model of schema 1 to 3, as the present schema states it."
+    "The content of a model of schema 1 to 4, as the present schema states it."
     config = dict(about['config'])
     hybrid = bool(config.get('density_layers'))
+    if hybrid: config['density_patch'] = 1 # no patches before schema 5
     if hybrid and config.get('profile') == 'clean': config['profile'] = 'smoke'
     if not hybrid: config = {k: v for k, v in config.items() if k not in HYBRID}
     name = 'HybridCSE' if hybrid else 'CalibratedCSE'
-    return about | {'config': config, 'class': name}
+    return {'class': name} | about | {'config': config}
 
 # %% ../../nbs/data/09_model_files.ipynb #b1b2b3b4
 def _read(path) -> bytes:
@@ -109,7 +110,7 @@ def read_about(
     schema = _schema(folder, about)
     _check_about(folder, about, schema)
     if schema == 1: about = {k: about[k] for k in _FORM}
-    return about if schema > 3 else _upgrade(about)
+    return about if schema == SCHEMA else _upgrade(about)
 
 def read_model(
     folder: str | Path, # Where `write_model` wrote

@@ -39,14 +39,16 @@ def _shrunk(covariance, size, images) -> torch.Tensor:
     return covariance.lerp(around, d / (d + images))
 
 class PatchGaussians(nn.Module):
-    "A Gaussian of raw features at each position of each feature map (PaDiM, Defard et al. 2021)."
+    "A Gaussian of patch features at each position of each feature map (PaDiM, Defard et al. 2021)."
     def __init__(self,
-        channels: int = 60, # Channels of a map that are described, drawn by the seed
+        channels: int = 120, # Channels of a map that are described, drawn by the seed
+        patch: int = 3, # Side of the patches whose mean feature is described; odd
         shrinkage: float = 0.01, # ε, relative to the mean variance at a position
         seed: int = 0, # Seed of the run
     ):
         super().__init__()
-        self.channels, self.shrinkage, self.seed = channels, shrinkage, seed
+        self.channels, self.patch = channels, patch
+        self.shrinkage, self.seed = shrinkage, seed
 
     def _choose(self, i, features):
         "Draw the channels of map i."
@@ -56,9 +58,10 @@ class PatchGaussians(nn.Module):
         self.register_buffer(f'chosen{i}', chosen.to(features.device))
 
     def _positions(self, i, features):
-        "P×N×d features of map i."
-        chosen = getattr(self, f'chosen{i}')
-        return features[:, chosen].flatten(2).permute(2, 0, 1)
+        "P×N×d mean features of the patches of map i; beyond its border are zeros."
+        chosen = features[:, getattr(self, f'chosen{i}')]
+        means = F.avg_pool2d(chosen, self.patch, 1, self.patch // 2)
+        return means.flatten(2).permute(2, 0, 1)
 
     def _distance(self, i, features):
         "N×H×W distances in map i."
@@ -242,7 +245,7 @@ def density_from(
         k.removeprefix(prefix): v
         for k, v in tensors.items()
         if k.startswith(prefix)}
-    return PatchGaussians(config.density_channels, seed=seed).restore(own)
+    return PatchGaussians(config.density_channels, config.density_patch, seed=seed).restore(own)
 
 # %% ../../nbs/extensions/02_hybrid.ipynb #efb6cabf
 class HybridCSE(CalibratedCSE):
@@ -297,7 +300,7 @@ class HybridCSE(CalibratedCSE):
         "Fit the Gaussians, and measure how good images score."
         config = self.config
         seen, _, held_out, _ = pair_splits(len(cache), config, self.seed)
-        density = PatchGaussians(config.density_channels, seed=self.seed)
+        density = PatchGaussians(config.density_channels, config.density_patch, seed=self.seed)
         maps = density.fit([cache.features[i] for i in config.density_places], seen, held_out)
         self.density, self.standards = density, None
         self.standards = self.head().fit(cache.features, held_out, maps).standards

@@ -14,9 +14,11 @@ from ..config import Config, ConfigError, setting
 class HybridConfig(Config):
     "The settings of the hybrid detector: those of the paper, and of the Gaussians."
     density_layers: tuple[int, ...] = setting(
-        (2, 3, 4), 'Feature maps whose Gaussians are added to the score')
+        (2, 3), 'Feature maps whose Gaussians are added to the score')
     density_channels: int = setting(
-        60, 'Channels of each map that these Gaussians describe', low=1)
+        120, 'Channels of each map that these Gaussians describe', low=1)
+    density_patch: int = setting(
+        3, 'Side of the patches whose mean feature they describe, in positions; odd', low=1)
     density_share: float = setting(
         0.005, 'Share of the positions, those of largest distance, whose mean is the score',
         low=0, high=1)
@@ -31,6 +33,8 @@ class HybridConfig(Config):
         if not layers or list(layers) != sorted({*layers}):
             raise ConfigError(f'density_layers={layers}: '
                               'expected whole numbers that rise, one at least')
+        if self.density_patch % 2 == 0:
+            raise ConfigError(f'density_patch={self.density_patch}: expected an odd number')
 
     @property
     def extracted(self) -> tuple[int, ...]:

@@ -152,10 +152,13 @@ _REMEDY = 'delete it, or run again with force=True'
 
 def _checked(record, where):
     "Refuse anything that is not a record of this schema."
-    if isinstance(record, dict) and record.get('schema') == RECORD_SCHEMA: return record
-    raise RecordError(
-        f'{where}: expected a record of schema {RECORD_SCHEMA}; '
-        f'{_REMEDY}')
+    if not isinstance(record, dict) or record.get('schema') != RECORD_SCHEMA:
+        raise RecordError(
+            f'{where}: expected a record of schema {RECORD_SCHEMA}; '
+            f'{_REMEDY}')
+    if record.get('method') == 'hybrid': # older ones describe single positions
+        record['config'].setdefault('density_patch', 1)
+    return record
 
 _NEEDED = set('key method category profile time seed config metrics environment labels scores seconds.total '
               'data.name data.fingerprint data.test_good data.test_defective textures.name '
