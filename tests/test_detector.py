@@ -386,7 +386,8 @@ def write_old(detector, folder, schema, profile):
     about = json.loads((detector.save(folder) / 'model.json').read_text())
     config = DENSITY | about['config'] | dict(profile=profile)
     del config['bits']
-    config.pop('density_patch', None)
+    for name in ('density_patch', 'density_norm'):
+        config.pop(name, None)
     about = {k: v for k, v in about.items() if k != 'class' and LATER.get(k, 1) <= schema}
     about |= dict(schema=schema, config=config)
     if schema > 1:
@@ -397,7 +398,7 @@ def write_old(detector, folder, schema, profile):
 
 @pytest.mark.parametrize('schema', [1, 2, 3])
 def test_detectors_of_earlier_versions_load_as_what_they_are(detector, hybrid, good, tmp_path, schema):
-    single = HybridCSE(hybrid.config.replace(density_patch=1, embedders=1)).fit(good, progress=False)
+    single = HybridCSE(hybrid.config.replace(density_patch=1, density_norm='none')).fit(good, progress=False)
     for fitted, profile in ((detector, 'smoke'), (single, 'clean')):
         again = cse.load(write_old(fitted, tmp_path / profile, schema, profile))
         assert type(again) is type(fitted) and again.config == fitted.config and not again.interrupted
@@ -553,7 +554,8 @@ def test_baselines_get_the_maps_of_the_embedding_only(good):
 
 @pytest.mark.parametrize('settings', [
     dict(layers=()), dict(layers=(4, 3)), dict(density_layers=(1.5,)), dict(density_layers=(3, 2)),
-    dict(density_layers=()), dict(density_patch=2), dict(embedding_weight=-1), dict(embedders=0),
+    dict(density_layers=()), dict(density_patch=2), dict(density_norm='batch'),
+    dict(embedding_weight=-1), dict(embedders=0),
     dict(split_seed=-2)])
 def test_settings_of_the_hybrid_detector_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):

@@ -87,9 +87,9 @@ def test_the_fingerprint_of_the_records_stays_what_it_is():
 def test_each_setting_that_decides_changes_the_fingerprint():
     hybrid = (
         dict(density_channels=50), dict(embedders=2), dict(density_layers=(2, 4)),
-        dict(density_patch=1), dict(split_seed=0))
+        dict(density_patch=1), dict(density_norm='none'), dict(split_seed=0))
     found = {fingerprint(HybridConfig.smoke(**changes)) for changes in (dict(), *hybrid)}
-    assert len(found | {fingerprint(Config.smoke())}) == 7
+    assert len(found | {fingerprint(Config.smoke())}) == 8
 
 
 def test_parameters_of_the_networks():

@@ -57,7 +57,7 @@ def _upgrade(about: dict) -> dict:
     "The content of a model of schema 1 to 4, as the present schema states it."
     config = dict(about['config'])
     hybrid = bool(config.get('density_layers'))
-    if hybrid: config['density_patch'] = 1 # no patches before schema 5
+    if hybrid: config |= dict(density_patch=1, density_norm='none') # before schema 5
     if hybrid and config.get('profile') == 'clean': config['profile'] = 'smoke'
     if not hybrid: config = {k: v for k, v in config.items() if k not in HYBRID}
     name = 'HybridCSE' if hybrid else 'CalibratedCSE'

@@ -19,6 +19,9 @@ class HybridConfig(Config):
         120, 'Channels of each map that these Gaussians describe', low=1)
     density_patch: int = setting(
         3, 'Side of the patches whose mean feature they describe, in positions; odd', low=1)
+    density_norm: str = setting(
+        'instance', 'Over what they normalise each channel: the positions of an image, or nothing',
+        ('instance', 'none'))
     density_share: float = setting(
         0.005, 'Share of the positions, those of largest distance, whose mean is the score',
         low=0, high=1)

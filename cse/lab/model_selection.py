@@ -135,9 +135,11 @@ def evidence_defects(
 # %% ../../nbs/lab/19_model_selection.ipynb #d8bc851c
 GRID = dict(
     embedders=(1, 2),
-    density_layers=((3, 4), (2, 3, 4)),
-    density_channels=(30, 60),
-    density_share=(0., 0.005, 0.02, 0.1),
+    density_layers=((2, 3), (2, 3, 4)),
+    density_channels=(60, 120),
+    density_patch=(1, 3),
+    density_norm=('none', 'instance'),
+    density_share=(0., 0.005, 0.02),
     embedding_weight=(0.25, 0.5, 1.),
 )
 ALONE = 'embedding alone' # the score of the paper
@@ -149,6 +151,8 @@ def _name(settings):
     return ', '.join((
         f'layers {layers}',
         f'{settings["density_channels"]} channels',
+        f'patches {settings["density_patch"]}×{settings["density_patch"]}',
+        f'norm {settings["density_norm"]}',
         f'share {settings["density_share"]:g}',
         f'weight {settings["embedding_weight"]:g}',
         f'{count} embedder' + 's' * (count > 1)))
@@ -166,7 +170,7 @@ def _features(detector, images):
     return [torch.cat(maps) for maps in zip(*batches)]
 
 def _joint_heads(detector, features):
-    "Yields (layers, channels, share) and a fitted head, for each combination."
+    "Yields (layers, channels, patch, norm, share) and a fitted head, for each combination."
     config, seed = detector.config, detector.seed
     count = len(features[0])
     parts = pair_splits(count, config, seed)
@@ -176,15 +180,17 @@ def _joint_heads(detector, features):
     extracted = config.extracted
     every = itertools.product(
         GRID['density_layers'],
-        GRID['density_channels'])
-    for layers, channels in every:
+        GRID['density_channels'],
+        GRID['density_patch'],
+        GRID['density_norm'])
+    for layers, *described in every:
         places = [extracted.index(layer) for layer in layers]
-        density = PatchGaussians(channels, seed=seed)
+        density = PatchGaussians(*described, seed=seed)
         maps = density.fit([features[i] for i in places], seen, held_out)
         for share in GRID['density_share']:
             head = JointHead(embeddings, density, config.embedding_places, places, 0, share)
             head = head.to(device).fit(features, held_out, maps)
-            yield (layers, channels, share), head
+            yield (layers, *described, share), head
 
 # %% ../../nbs/lab/19_model_selection.ipynb #70f5be13
 def _joint_scores(head, features):
@@ -214,6 +220,8 @@ def candidate_scores(
         key = (
             s['density_layers'],
             s['density_channels'],
+            s['density_patch'],
+            s['density_norm'],
             s['density_share'])
         part = standardised[:, :s['embedders']].mean(1)
         scores[name] = gaussians[key] + s['embedding_weight'] * part
@@ -228,8 +236,11 @@ def _evidence_config(settings, device):
             f'settings: {name}={own[name]!r} '
             'is varied between the candidates; '
             'expected other settings')
-    most = dict(device=device, embedders=max(GRID['embedders']))
-    return HybridConfig.smoke(**most | own)
+    most = dict(
+        device=device,
+        embedders=max(GRID['embedders']),
+        density_layers=max(GRID['density_layers'], key=len))
+    return from_profile('inspection', HybridConfig, **most | own)
 
 def _fitted(config, defects, seed, paths):
     "The detector whose parts all candidates use."
@@ -402,7 +413,7 @@ NAMES = {
 
 def _hybrid_config(settings, device):
     "Settings of the hybrid detector, and of the baselines."
-    return HybridConfig.smoke(**dict(device=device) | settings)
+    return from_profile('inspection', HybridConfig, **dict(device=device) | settings)
 
 def _selected(config, candidate):
     "Settings and method of a candidate."

@@ -156,8 +156,8 @@ def _checked(record, where):
         raise RecordError(
             f'{where}: expected a record of schema {RECORD_SCHEMA}; '
             f'{_REMEDY}')
-    if record.get('method') == 'hybrid': # older ones describe single positions
-        record['config'].setdefault('density_patch', 1)
+    if record.get('method') == 'hybrid': # older ones lack two settings
+        record['config'] = dict(density_patch=1, density_norm='none') | record['config']
     return record
 
 _NEEDED = set('key method category profile time seed config metrics environment labels scores seconds.total '
