@@ -136,7 +136,6 @@ def evidence_defects(
 GRID = dict(
     embedders=(1, 2),
     density_layers=((2, 3), (2, 3, 4)),
-    density_channels=(60, 120),
     density_patch=(1, 3),
     density_norm=('none', 'instance'),
     density_share=(0., 0.005, 0.02),
@@ -150,7 +149,6 @@ def _name(settings):
     layers = '+'.join(map(str, settings['density_layers']))
     return ', '.join((
         f'layers {layers}',
-        f'{settings["density_channels"]} channels',
         f'patches {settings["density_patch"]}×{settings["density_patch"]}',
         f'norm {settings["density_norm"]}',
         f'share {settings["density_share"]:g}',
@@ -170,7 +168,7 @@ def _features(detector, images):
     return [torch.cat(maps) for maps in zip(*batches)]
 
 def _joint_heads(detector, features):
-    "Yields (layers, channels, patch, norm, share) and a fitted head, for each combination."
+    "Yields (layers, patch, norm, share) and a fitted head, for each combination."
     config, seed = detector.config, detector.seed
     count = len(features[0])
     parts = pair_splits(count, config, seed)
@@ -180,17 +178,16 @@ def _joint_heads(detector, features):
     extracted = config.extracted
     every = itertools.product(
         GRID['density_layers'],
-        GRID['density_channels'],
         GRID['density_patch'],
         GRID['density_norm'])
-    for layers, *described in every:
+    for layers, patch, norm in every:
         places = [extracted.index(layer) for layer in layers]
-        density = PatchGaussians(*described, seed=seed)
+        density = PatchGaussians(config.density_channels, patch, norm, seed=seed)
         maps = density.fit([features[i] for i in places], seen, held_out)
         for share in GRID['density_share']:
             head = JointHead(embeddings, density, config.embedding_places, places, 0, share)
             head = head.to(device).fit(features, held_out, maps)
-            yield (layers, *described, share), head
+            yield (layers, patch, norm, share), head
 
 # %% ../../nbs/lab/19_model_selection.ipynb #70f5be13
 def _joint_scores(head, features):
@@ -219,7 +216,6 @@ def candidate_scores(
         if name == ALONE: continue
         key = (
             s['density_layers'],
-            s['density_channels'],
             s['density_patch'],
             s['density_norm'],
             s['density_share'])
@@ -336,9 +332,8 @@ def gather_evidence(
 # %% ../../nbs/lab/19_model_selection.ipynb #6149fabd
 def _cost(settings):
     "What makes a candidate costly, the most important first."
-    if not settings: return 1, 0, 0
-    layers = len(settings['density_layers'])
-    return settings['embedders'], layers, settings['density_channels']
+    if not settings: return 1, 0
+    return settings['embedders'], len(settings['density_layers'])
 
 def select_model(
     evidence: pd.DataFrame, # Of all surfaces
