@@ -33,6 +33,7 @@ from cse.data.images import DataError, Images, read_image
 from cse.data.model_files import ModelError, checksum
 from cse.deploy.export import ExportError, export
 from cse.extensions.calibration import CalibratedCSE, Calibration, CalibrationError
+from cse.extensions.hybrid import PatchGaussians
 from cse.fast.session import SavedState
 from test_tilda import write_release
 
@@ -544,6 +545,16 @@ def test_the_gaussians_may_have_any_layers(good, tmp_path, density):
         assert torch.allclose(both.embedder.state_dict()[name], expected, atol=1e-4), name
     again = cse.load(both.save(tmp_path / 'model'))
     assert np.allclose(again.score(good[:4]).image, both.score(good[:4]).image, atol=1e-4)
+
+
+@pytest.mark.parametrize('norm', ['instance', 'none'])
+def test_light_and_contrast_of_an_image_matter_only_without_normalisation(norm):
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.rand(40, 6, size, size, generator=generator) for size in (8, 4)]
+    gaussians = PatchGaussians(norm=norm)
+    gaussians.fit(features, torch.arange(30), torch.arange(30, 40))
+    usual, other = gaussians(features), gaussians([2 * f + 1 for f in features])
+    assert torch.allclose(usual, other, rtol=1e-2) == (norm == 'instance')
 
 
 def test_baselines_get_the_maps_of_the_embedding_only(good):
