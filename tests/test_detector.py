@@ -547,14 +547,17 @@ def test_the_gaussians_may_have_any_layers(good, tmp_path, density):
     assert np.allclose(again.score(good[:4]).image, both.score(good[:4]).image, atol=1e-4)
 
 
-@pytest.mark.parametrize('norm', ['instance', 'none'])
-def test_light_and_contrast_of_an_image_matter_only_without_normalisation(norm):
+@pytest.mark.parametrize('norm, seen', [
+    ('finest', [False, True]), ('all', [False, False]), ('none', [True, True])])
+def test_light_and_contrast_of_an_image_are_seen_in_maps_that_are_not_normalised(norm, seen):
     generator = torch.Generator().manual_seed(0)
     features = [torch.rand(40, 6, size, size, generator=generator) for size in (8, 4)]
     gaussians = PatchGaussians(norm=norm)
     gaussians.fit(features, torch.arange(30), torch.arange(30, 40))
-    usual, other = gaussians(features), gaussians([2 * f + 1 for f in features])
-    assert torch.allclose(usual, other, rtol=1e-2) == (norm == 'instance')
+    usual = gaussians(features)
+    for i, expected in enumerate(seen):
+        brighter = [2 * f + 1 if i == j else f for j, f in enumerate(features)]
+        assert torch.allclose(usual, gaussians(brighter), rtol=1e-2) != expected
 
 
 def test_baselines_get_the_maps_of_the_embedding_only(good):

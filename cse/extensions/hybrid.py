@@ -43,7 +43,7 @@ class PatchGaussians(nn.Module):
     def __init__(self,
         channels: int = 120, # Channels of a map that are described, drawn by the seed
         patch: int = 3, # Side of the patches whose mean feature is described; odd
-        norm: str = 'instance', # Or 'none': features as they are
+        norm: str = 'finest', # Which maps are normalised over each image; or 'all', 'none'
         shrinkage: float = 0.01, # ε, relative to the mean variance at a position
         seed: int = 0, # Seed of the run
     ):
@@ -61,7 +61,8 @@ class PatchGaussians(nn.Module):
     def _positions(self, i, features):
         "P×N×d mean features of the patches of map i; beyond its border are zeros."
         chosen = features[:, getattr(self, f'chosen{i}')]
-        if self.norm == 'instance': chosen = F.layer_norm(chosen, chosen.shape[2:])
+        if self.norm == 'all' or self.norm == 'finest' and i == 0:
+            chosen = F.layer_norm(chosen, chosen.shape[2:])
         means = F.avg_pool2d(chosen, self.patch, 1, self.patch // 2)
         return means.flatten(2).permute(2, 0, 1)
 

@@ -20,8 +20,7 @@ class HybridConfig(Config):
     density_patch: int = setting(
         3, 'Side of the patches whose mean feature they describe, in positions; odd', low=1)
     density_norm: str = setting(
-        'instance', 'Over what they normalise each channel: the positions of an image, or nothing',
-        ('instance', 'none'))
+        'finest', 'Maps whose channels are normalised over each image first', ('finest', 'all', 'none'))
     density_share: float = setting(
         0.005, 'Share of the positions, those of largest distance, whose mean is the score',
         low=0, high=1)

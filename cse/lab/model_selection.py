@@ -137,7 +137,7 @@ GRID = dict(
     embedders=(1, 2),
     density_layers=((2, 3), (2, 3, 4)),
     density_patch=(1, 3),
-    density_norm=('none', 'instance'),
+    density_norm=('none', 'finest', 'all'),
     density_share=(0., 0.005, 0.02),
     embedding_weight=(0.25, 0.5, 1.),
 )
