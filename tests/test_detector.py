@@ -30,7 +30,7 @@ from cse.data.files import is_device
 from cse.data.folders import load_category
 from cse.data.good_images import image_hashes
 from cse.data.images import DataError, Images, read_image
-from cse.data.model_files import ModelError, checksum
+from cse.data.model_files import SCHEMA, ModelError, checksum
 from cse.deploy.export import ExportError, export
 from cse.extensions.calibration import CalibratedCSE, Calibration, CalibrationError
 from cse.extensions.hybrid import PatchGaussians
@@ -86,6 +86,12 @@ def saved(detector, tmp_path_factory):
 def hybrid(good):
     config = HybridConfig.smoke(**TINY, density_layers=(2, 3), embedders=2)
     return HybridCSE(config).fit(good, progress=False)
+
+
+@pytest.fixture(scope='module')
+def single(hybrid, good):
+    "A detector like those before schema 5."
+    return HybridCSE(hybrid.config.replace(density_patch=1, density_norm='none')).fit(good, progress=False)
 
 
 def run(*words):
@@ -377,7 +383,8 @@ def test_only_states_of_the_training_are_removed(good, tmp_path):
 
 # --- saved detectors
 
-LATER = dict(interrupted=3, seen=3, fitted_on=2, calibration=2, sha256=2)  # first schema that has it
+# the first schema that has a value
+LATER = {'class': 4, 'interrupted': 3, 'seen': 3, 'fitted_on': 2, 'calibration': 2, 'sha256': 2}
 DENSITY = dict(density_layers=[], density_channels=60, density_share=0.005, embedding_weight=0.25,
                embedders=1)  # settings that every configuration had
 
@@ -385,11 +392,12 @@ DENSITY = dict(density_layers=[], density_channels=60, density_share=0.005, embe
 def write_old(detector, folder, schema, profile):
     "Write a detector as an earlier version did."
     about = json.loads((detector.save(folder) / 'model.json').read_text())
-    config = DENSITY | about['config'] | dict(profile=profile)
-    del config['bits']
+    config = (DENSITY if schema < 4 else {}) | about['config'] | dict(profile=profile)
+    if schema < 4:
+        del config['bits']
     for name in ('density_patch', 'density_norm'):
         config.pop(name, None)
-    about = {k: v for k, v in about.items() if k != 'class' and LATER.get(k, 1) <= schema}
+    about = {k: v for k, v in about.items() if LATER.get(k, 1) <= schema}
     about |= dict(schema=schema, config=config)
     if schema > 1:
         about['sha256'] = checksum(about)
@@ -397,9 +405,8 @@ def write_old(detector, folder, schema, profile):
     return folder
 
 
-@pytest.mark.parametrize('schema', [1, 2, 3])
-def test_detectors_of_earlier_versions_load_as_what_they_are(detector, hybrid, good, tmp_path, schema):
-    single = HybridCSE(hybrid.config.replace(density_patch=1, density_norm='none')).fit(good, progress=False)
+@pytest.mark.parametrize('schema', [1, 2, 3, 4])
+def test_detectors_of_earlier_versions_load_as_what_they_are(detector, single, good, tmp_path, schema):
     for fitted, profile in ((detector, 'smoke'), (single, 'clean')):
         again = cse.load(write_old(fitted, tmp_path / profile, schema, profile))
         assert type(again) is type(fitted) and again.config == fitted.config and not again.interrupted
@@ -428,7 +435,7 @@ def test_tensors_of_a_saved_detector_are_what_was_fitted(saved):
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(schema=5), 'a newer version wrote it'), (dict(schema=True), 'reads 1 to'),
+    (dict(schema=SCHEMA + 1), 'a newer version wrote it'), (dict(schema=True), 'reads 1 to'),
     (dict(seed=7), 'was changed'), (dict(calibration=[9.0]), 'was changed'),
     (dict(tensors_sha256='0'), 'was changed'), (dict(config=None), 'was changed'),
     (dict(schema=1), 'was changed'), ({'class': 'HybridCSE'}, 'was changed')])
@@ -558,6 +565,14 @@ def test_light_and_contrast_of_an_image_are_seen_in_maps_that_are_not_normalised
     for i, expected in enumerate(seen):
         brighter = [2 * f + 1 if i == j else f for j, f in enumerate(features)]
         assert torch.allclose(usual, gaussians(brighter), rtol=1e-2) != expected
+
+
+def test_a_map_that_one_patch_covers_is_not_normalised():
+    "The mean of a normalised map is 0, whatever the image shows."
+    features = [torch.rand(40, 6, 2, 2, generator=torch.Generator().manual_seed(0))]
+    gaussians = PatchGaussians()
+    usual = gaussians.fit(features, torch.arange(30), torch.arange(30, 40))
+    assert gaussians([5 * features[0][:4]]).min() > usual.max()
 
 
 def test_baselines_get_the_maps_of_the_embedding_only(good):

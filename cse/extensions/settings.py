@@ -16,11 +16,12 @@ class HybridConfig(Config):
     density_layers: tuple[int, ...] = setting(
         (2, 3), 'Feature maps whose Gaussians are added to the score')
     density_channels: int = setting(
-        120, 'Channels of each map that these Gaussians describe', low=1)
+        120, 'Channels of each map that the Gaussians describe, at most', low=1)
     density_patch: int = setting(
-        3, 'Side of the patches whose mean feature they describe, in positions; odd', low=1)
+        3, 'Side of the patches whose mean feature the Gaussians describe, in positions; odd', low=1)
     density_norm: str = setting(
-        'finest', 'Maps whose channels are normalised over each image first', ('finest', 'all', 'none'))
+        'finest', 'Maps of the Gaussians whose channels are normalised over each image',
+        ('finest', 'all', 'none'))
     density_share: float = setting(
         0.005, 'Share of the positions, those of largest distance, whose mean is the score',
         low=0, high=1)

@@ -52,7 +52,7 @@ def known_paces(
 ) -> dict[str, float]: # Method → seconds per pixel
     "Time per pixel of each method in this folder, or else in the reference."
     paces = {}
-    for folder in (*reference_folder().glob('*/'), Path(results)):
+    for folder in (*sorted(reference_folder().glob('*/')), Path(results)):
         try: paces |= estimates(load_records(folder))
         except (ConfigError, KeyError): continue # the folder raises its error when it is used
     return paces

@@ -29,7 +29,7 @@ from ..metrics import auroc
 from .parameters import as_list, as_methods, as_seeds, as_settings
 from .parameters import default_categories
 from .grid import grid
-from .runs import identify
+from .runs import identify, with_profile
 from .records import by_content, record_name
 from .tables import Markdown, listed_facts, markdown, marked, write_files
 from .seed_variance import spread_frame
@@ -418,16 +418,11 @@ def _selected(config, candidate):
 def _comparisons(methods, profiles, settings, device):
     "Label → settings and method of everything that the selection is compared with."
     own = as_settings(settings)
-    shared = _evidence_config(settings, device)
+    _evidence_config(settings, device) # refuses settings that the candidates vary
     hybrid = _hybrid_config(own, device)
     found = {NAMES.get(m, m): (hybrid, m) for m in as_methods(methods, 1)}
-    same = dict(
-        device=device,
-        extractor=shared.extractor,
-        weights=shared.weights)
     for profile in as_list(profiles, 'profiles'):
-        config = from_profile(profile, **same | own)
-        found[f'CSE, profile {profile}'] = config, 'cse'
+        found[f'CSE, profile {profile}'] = with_profile(profile, hybrid), 'cse'
     return found
 
 # %% ../../nbs/lab/19_model_selection.ipynb #d5b2093c

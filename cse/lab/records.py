@@ -152,13 +152,10 @@ _REMEDY = 'delete it, or run again with force=True'
 
 def _checked(record, where):
     "Refuse anything that is not a record of this schema."
-    if not isinstance(record, dict) or record.get('schema') != RECORD_SCHEMA:
-        raise RecordError(
-            f'{where}: expected a record of schema {RECORD_SCHEMA}; '
-            f'{_REMEDY}')
-    if record.get('method') == 'hybrid': # older ones lack two settings
-        record['config'] = dict(density_patch=1, density_norm='none') | record['config']
-    return record
+    if isinstance(record, dict) and record.get('schema') == RECORD_SCHEMA: return record
+    raise RecordError(
+        f'{where}: expected a record of schema {RECORD_SCHEMA}; '
+        f'{_REMEDY}')
 
 _NEEDED = set('key method category profile time seed config metrics environment labels scores seconds.total '
               'data.name data.fingerprint data.test_good data.test_defective textures.name '
