@@ -19,7 +19,7 @@ from cse.lab.parameters import note_asked, read_asked, run_table, table_records
 from cse.lab.records import load_records, reference_folder, write_packed
 from cse.lab.regenerate import Progress, options_of, planned, print_tables, regenerate, start_over
 from cse.lab.reproduction import Spread, band, compare, compare_table
-from cse.lab.reference import promote
+from cse.lab.reference import copy_notebook, promote
 from cse.lab.tables import publish
 
 ROOT = Path(__file__).parent.parent
@@ -272,6 +272,15 @@ NOT_FIT = {  # what is done to the runs → exit status of the audit, and what i
         lambda r: (r / 'notebooks/table4.ipynb').write_text('[]'), 1, 'expected an executed notebook'),
     'a table that is no text': (
         lambda r: (r / 'tables/table4.md').write_bytes(b'\xff'), 1, 'tables/table4.md: line 1')}
+
+
+def test_a_copy_of_a_notebook_shortens_folders_and_keeps_columns(tmp_path):
+    source = 'data = "/mnt/tiles"\nmethods = "cse,cse/paper"'
+    cell = dict(cell_type='code', metadata=dict(tags=['parameters']), source=source, outputs=[])
+    (tmp_path / 'run.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={})))
+    copy_notebook(tmp_path / 'run.ipynb', tmp_path / 'copy.ipynb')
+    copied = json.loads((tmp_path / 'copy.ipynb').read_text())['cells'][0]['source']
+    assert copied == source.replace('/mnt/', '')
 
 
 @pytest.mark.parametrize('damage, status, words', NOT_FIT.values(), ids=NOT_FIT)

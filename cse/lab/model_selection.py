@@ -279,7 +279,7 @@ def _evidence_file(results, config, identified, name, seed):
         list(candidates()),
         KINDS]
     words = f'{identified.data["name"]}-{name}-seed{seed}'
-    return Path(results)/'evidence'/f'{record_name(words, decides)}.csv'
+    return Path(results)/'evidence'/f'{record_name(words, decides)}.csv.gz'
 
 def _kept(path, make):
     "Read the frame in a file, or make it and write the file."
@@ -288,6 +288,7 @@ def _kept(path, make):
         return pd.read_csv(
             path,
             dtype=types,
+            compression='gzip',
             keep_default_na=False)
     frame = pd.DataFrame(make()).round(5)
     if path:
@@ -296,7 +297,8 @@ def _kept(path, make):
                 file,
                 index=False,
                 errors='backslashreplace',
-                lineterminator='\n')
+                lineterminator='\n',
+                compression=dict(method='gzip', mtime=0))
     return frame
 
 def gather_evidence(

@@ -47,7 +47,8 @@ def _check(runs, target):
 # %% ../../nbs/lab/23_reference.ipynb #9ab5be12
 def _without_paths(text, notebook):
     "The text of a notebook, with folders of the machine shortened to their names."
-    for value in stated_parameters(notebook).values():
+    stated = stated_parameters(notebook)
+    for value in map(stated.get, ('data', 'textures', 'weights', 'results')):
         if not isinstance(value, str) or '/' not in value or value.startswith('results/'): continue
         for path in (str(Path(value).resolve()), value.rstrip('/')):
             text = text.replace(path, Path(path).name)
