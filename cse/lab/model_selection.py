@@ -224,6 +224,10 @@ def candidate_scores(
     return {name: found.cpu().numpy() for name, found in scores.items()}
 
 # %% ../../nbs/lab/19_model_selection.ipynb #ad8ff721
+def _hybrid_config(settings, device):
+    "Settings of the hybrid detector, and of the baselines."
+    return from_profile('inspection', HybridConfig, **dict(device=device) | settings)
+
 def _evidence_config(settings, device):
     "Settings that all candidates share."
     own = as_settings(settings)
@@ -233,10 +237,9 @@ def _evidence_config(settings, device):
             'is varied between the candidates; '
             'expected other settings')
     most = dict(
-        device=device,
         embedders=max(GRID['embedders']),
         density_layers=max(GRID['density_layers'], key=len))
-    return from_profile('inspection', HybridConfig, **most | own)
+    return _hybrid_config(most | own, device)
 
 def _fitted(config, defects, seed, paths):
     "The detector whose parts all candidates use."
@@ -408,10 +411,6 @@ NAMES = {
     'mean_distance': 'distance of raw features to their mean',
 }
 
-def _hybrid_config(settings, device):
-    "Settings of the hybrid detector, and of the baselines."
-    return from_profile('inspection', HybridConfig, **dict(device=device) | settings)
-
 def _selected(config, candidate):
     "Settings and method of a candidate."
     if candidate == ALONE: return config, 'cse'
@@ -420,7 +419,6 @@ def _selected(config, candidate):
 def _comparisons(methods, profiles, settings, device):
     "Label → settings and method of everything that the selection is compared with."
     own = as_settings(settings)
-    _evidence_config(settings, device) # refuses settings that the candidates vary
     hybrid = _hybrid_config(own, device)
     found = {NAMES.get(m, m): (hybrid, m) for m in as_methods(methods, 1)}
     for profile in as_list(profiles, 'profiles'):

@@ -135,7 +135,7 @@ What this project ran, and quotes. Each folder holds
 - `asked.json`: the request of each table,
 - `records`: the runs as JSON lines, compressed where they are many,
 - `tables`: made from the records,
-- `notebooks`: executed by papermill; those of runs up to 2026-11-22 from the records.
+- `notebooks`: executed by papermill, most of them from records that were there before.
 
 `spread.csv` has the standard deviation of AUROC between seeds (0 to 2), and between machines.
 Table 5, on 2026-11-29: all decoders, as `make spread` measures it, with two threads, one thread,
